@@ -1,2 +1,64 @@
-//! Being written.
-fn main() {}
+//! `cargo xtask COMMAND`: everything that is more than `cargo build`.
+//!
+//! To add a command: a `mod` line and one line in [`COMMANDS`]. A command gets the words after its
+//! name and returns the exit code of the process; an error is printed with its causes and is exit code 1.
+
+mod setup;
+mod testbed;
+
+use std::process::ExitCode;
+
+/// One subcommand.
+struct Command {
+    /// The word after `cargo xtask`.
+    name: &'static str,
+    /// Its arguments and what it does, for the usage text.
+    about: &'static str,
+    /// The command itself; it gets the words after its name.
+    run: fn(&[String]) -> anyhow::Result<ExitCode>,
+}
+
+/// All subcommands, in the order of the usage text.
+const COMMANDS: &[Command] = &[
+    Command {
+        name: "setup",
+        about: "install and build what the other commands need",
+        run: setup::run,
+    },
+    Command {
+        name: "testbed",
+        about: "[--help]  boot the emulated VT-x PC: a self test, or a script of yours",
+        run: testbed::run,
+    },
+];
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let Some((name, rest)) = words.split_first() else {
+        usage();
+        return ExitCode::from(2);
+    };
+    if matches!(name.as_str(), "help" | "-h" | "--help") {
+        usage();
+        return ExitCode::SUCCESS;
+    }
+    let Some(command) = COMMANDS.iter().find(|c| c.name == name) else {
+        eprintln!("xtask: there is no command '{name}'");
+        usage();
+        return ExitCode::from(2);
+    };
+    match (command.run)(rest) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask {name}: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn usage() {
+    eprintln!("usage: cargo xtask COMMAND [ARGUMENTS]");
+    for c in COMMANDS {
+        eprintln!("  {:<10} {}", c.name, c.about);
+    }
+}
