@@ -1,0 +1,34 @@
+//! Model-specific registers by number, SDM vol. 4 chapter 2 "Model-Specific
+//! Registers (MSRs)". The `x86` crate's names, plus what it lacks.
+
+pub use x86::msr::{
+    IA32_CSTAR, IA32_DEBUGCTL, IA32_EFER, IA32_FEATURE_CONTROL, IA32_FMASK, IA32_FS_BASE,
+    IA32_GS_BASE, IA32_KERNEL_GSBASE, IA32_LSTAR, IA32_PAT, IA32_STAR, IA32_SYSENTER_CS,
+    IA32_SYSENTER_EIP, IA32_SYSENTER_ESP, IA32_TSC_AUX, IA32_VMX_BASIC, IA32_VMX_CR0_FIXED0,
+    IA32_VMX_CR0_FIXED1, IA32_VMX_CR4_FIXED0, IA32_VMX_CR4_FIXED1, IA32_VMX_ENTRY_CTLS,
+    IA32_VMX_EPT_VPID_CAP, IA32_VMX_EXIT_CTLS, IA32_VMX_MISC, IA32_VMX_PINBASED_CTLS,
+    IA32_VMX_PROCBASED_CTLS, IA32_VMX_PROCBASED_CTLS2, IA32_VMX_TRUE_ENTRY_CTLS,
+    IA32_VMX_TRUE_EXIT_CTLS, IA32_VMX_TRUE_PINBASED_CTLS, IA32_VMX_TRUE_PROCBASED_CTLS,
+};
+
+/// Time-stamp counter.
+pub const IA32_TSC: u32 = 0x10;
+/// Local APIC base.
+pub const IA32_APIC_BASE: u32 = 0x1b;
+/// TSC adjustment.
+pub const IA32_TSC_ADJUST: u32 = 0x3b;
+/// Speculation control.
+pub const IA32_SPEC_CTRL: u32 = 0x48;
+/// Prediction command.
+pub const IA32_PRED_CMD: u32 = 0x49;
+/// Architectural capabilities.
+pub const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
+/// Supervisor XSAVE features.
+pub const IA32_XSS: u32 = 0xda0;
+
+/// IA32_FEATURE_CONTROL: the register is locked until reset.
+pub const FEATURE_CONTROL_LOCKED: u64 = 1 << 0;
+/// IA32_FEATURE_CONTROL: VMXON works outside SMX operation.
+pub const FEATURE_CONTROL_VMXON: u64 = 1 << 2;
+/// IA32_PAT after reset, SDM 12.12.4 "Programming the PAT".
+pub const PAT_RESET: u64 = 0x0007_0406_0007_0406;

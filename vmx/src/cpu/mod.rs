@@ -1,0 +1,237 @@
+//! Seam 1: the processor, at the instruction.
+//!
+//! Each method is one instruction, or one fixed sequence where single
+//! instructions would make no sense apart. Above this trait everything is
+//! ordinary Rust that `tests/sim` can run; below it there is
+//! [`native`](self::native), the only file with `asm!`.
+
+pub mod native;
+
+use crate::arch::addr::Hpa;
+use crate::arch::ept::{InveptKind, InvvpidKind};
+
+/// How a VMX instruction failed, SDM 31.2 "Conventions".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VmxFailure {
+    /// VMfailInvalid: there is no current VMCS, or VMXON was refused.
+    Invalid,
+    /// VMfailValid: the VM-instruction error field says why.
+    Valid,
+}
+
+/// What CPUID returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct CpuidResult {
+    /// EAX.
+    pub eax: u32,
+    /// EBX.
+    pub ebx: u32,
+    /// ECX.
+    pub ecx: u32,
+    /// EDX.
+    pub edx: u32,
+}
+
+/// The guest registers that VM entry and exit leave to software.
+///
+/// Indexed as instructions encode them ([`crate::arch::reg::gpr`]). Slot 4,
+/// RSP, is not loaded or stored by [`Cpu::enter`]: RSP lives in the VMCS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct GuestRegs {
+    /// RAX, RCX, RDX, RBX, (RSP), RBP, RSI, RDI, R8 to R15.
+    pub gpr: [u64; 16],
+    /// The value last written to the HOST_RSP field of the VMCS that these
+    /// registers belong to; 0 forces a write. Kept by [`Cpu::enter`].
+    pub host_rsp: u64,
+}
+
+/// GDTR and IDTR as SGDT and SIDT store them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct TableRegister {
+    /// Linear address of the table.
+    pub base: u64,
+    /// Last valid byte.
+    pub limit: u16,
+}
+
+/// Selectors that the host state of a VMCS wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Selectors {
+    /// CS.
+    pub cs: u16,
+    /// SS.
+    pub ss: u16,
+    /// DS.
+    pub ds: u16,
+    /// ES.
+    pub es: u16,
+    /// FS.
+    pub fs: u16,
+    /// GS.
+    pub gs: u16,
+    /// TR.
+    pub tr: u16,
+}
+
+/// One method per privileged instruction.
+///
+/// # Contract of the unsafe methods
+///
+/// The caller runs in the host's kernel mode and cannot migrate to another
+/// processor during the call. Each method's own section adds what else must
+/// hold.
+pub trait Cpu: Send + Sync + 'static {
+    /// CPUID.
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> CpuidResult;
+
+    /// RDMSR.
+    ///
+    /// # Safety
+    /// The register exists on this processor; otherwise the host takes a #GP.
+    unsafe fn rdmsr(&self, msr: u32) -> u64;
+
+    /// WRMSR.
+    ///
+    /// # Safety
+    /// The register exists, takes this value, and the host can live with it
+    /// until it is put back.
+    unsafe fn wrmsr(&self, msr: u32, value: u64);
+
+    /// MOV from CR0.
+    fn cr0(&self) -> u64;
+    /// MOV from CR2.
+    fn cr2(&self) -> u64;
+    /// MOV from CR3.
+    fn cr3(&self) -> u64;
+    /// MOV from CR4.
+    fn cr4(&self) -> u64;
+
+    /// MOV to CR2.
+    ///
+    /// # Safety
+    /// Interrupts are off, and no host page fault is being handled.
+    unsafe fn set_cr2(&self, value: u64);
+
+    /// MOV from DR0-3, DR6 or DR7.
+    fn dr(&self, index: u8) -> u64;
+
+    /// MOV to DR0-3, DR6 or DR7.
+    ///
+    /// # Safety
+    /// The host's value is put back before anything but this code can run.
+    unsafe fn set_dr(&self, index: u8, value: u64);
+
+    /// RDTSC.
+    fn rdtsc(&self) -> u64;
+
+    /// SGDT.
+    fn gdtr(&self) -> TableRegister;
+    /// SIDT.
+    fn idtr(&self) -> TableRegister;
+    /// MOV from the segment registers, and STR.
+    fn selectors(&self) -> Selectors;
+    /// The base in the TSS descriptor that TR selects in the current GDT.
+    fn tr_base(&self) -> u64;
+
+    /// XGETBV of XCR0.
+    ///
+    /// # Safety
+    /// CR4.OSXSAVE is set.
+    unsafe fn xcr0(&self) -> u64;
+
+    /// XSETBV of XCR0.
+    ///
+    /// # Safety
+    /// CR4.OSXSAVE is set; the processor supports the value; the host's value
+    /// is put back before the host uses its extended state.
+    unsafe fn set_xcr0(&self, value: u64);
+
+    /// XSAVE of the components in `mask`, or FXSAVE where the host has not
+    /// enabled XSAVE.
+    ///
+    /// # Safety
+    /// `area` is 64-byte aligned, writable and as large as CPUID leaf 0xD says
+    /// for the current XCR0 (512 bytes for FXSAVE).
+    unsafe fn xsave(&self, area: *mut u8, mask: u64);
+
+    /// XRSTOR of the components in `mask`, or FXRSTOR.
+    ///
+    /// # Safety
+    /// As [`Cpu::xsave`]; the area holds an image that the processor accepts.
+    unsafe fn xrstor(&self, area: *const u8, mask: u64);
+
+    /// Raises the host's NMI handler by INT 2, for an NMI that caused an exit.
+    ///
+    /// # Safety
+    /// Called right after that exit, once per exit.
+    unsafe fn raise_nmi(&self);
+
+    /// VMXON with the region at `region`.
+    ///
+    /// # Safety
+    /// The region is ours, page sized, holds the revision identifier, and stays
+    /// until VMXOFF on this processor; CR4.VMXE is set.
+    unsafe fn vmxon(&self, region: Hpa) -> Result<(), VmxFailure>;
+
+    /// VMXOFF.
+    ///
+    /// # Safety
+    /// This code executed the VMXON; no VMCS of ours is active here.
+    unsafe fn vmxoff(&self) -> Result<(), VmxFailure>;
+
+    /// VMCLEAR.
+    ///
+    /// # Safety
+    /// In VMX operation; `vmcs` is a VMCS region.
+    unsafe fn vmclear(&self, vmcs: Hpa) -> Result<(), VmxFailure>;
+
+    /// VMPTRLD.
+    ///
+    /// # Safety
+    /// In VMX operation; `vmcs` is a VMCS region that is not active on another
+    /// processor.
+    unsafe fn vmptrld(&self, vmcs: Hpa) -> Result<(), VmxFailure>;
+
+    /// VMPTRST; `None` if there is no current VMCS (all ones).
+    ///
+    /// # Safety
+    /// In VMX operation.
+    unsafe fn vmptrst(&self) -> Option<Hpa>;
+
+    /// VMREAD.
+    ///
+    /// # Safety
+    /// In VMX operation.
+    unsafe fn vmread(&self, field: u32) -> Result<u64, VmxFailure>;
+
+    /// VMWRITE.
+    ///
+    /// # Safety
+    /// In VMX operation, and the current VMCS is ours. A host-state field or a
+    /// physical address written here is one the host can live with.
+    unsafe fn vmwrite(&self, field: u32, value: u64) -> Result<(), VmxFailure>;
+
+    /// INVEPT.
+    ///
+    /// # Safety
+    /// In VMX operation.
+    unsafe fn invept(&self, kind: InveptKind, eptp: u64) -> Result<(), VmxFailure>;
+
+    /// INVVPID.
+    ///
+    /// # Safety
+    /// In VMX operation.
+    unsafe fn invvpid(&self, kind: InvvpidKind, vpid: u16, address: u64)
+    -> Result<(), VmxFailure>;
+
+    /// Loads the guest's registers, executes VMLAUNCH (`launched == false`) or
+    /// VMRESUME, and stores the guest's registers after the exit. Writes
+    /// HOST_RIP when it launches and HOST_RSP when it differs from
+    /// `regs.host_rsp`.
+    ///
+    /// # Safety
+    /// Interrupts are off; the current VMCS is ours, with a host state that
+    /// returns to this context; `launched` is its launch state.
+    unsafe fn enter(&self, regs: &mut GuestRegs, launched: bool) -> Result<(), VmxFailure>;
+}

@@ -1,0 +1,468 @@
+//! The real processor. The only file with `asm!`.
+//!
+//! VMX instructions report through CF and ZF (SDM 31.2 "Conventions"); the
+//! flags are captured in the same statement as the instruction.
+// UNSAFETY: this file is the hardware boundary.
+#![expect(unsafe_code)]
+
+use core::arch::asm;
+use core::mem::offset_of;
+
+use super::{Cpu, CpuidResult, GuestRegs, Selectors, TableRegister, VmxFailure};
+use crate::arch::addr::Hpa;
+use crate::arch::ept::{InveptKind, InvvpidKind};
+
+/// The processor this code runs on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Native;
+
+/// SGDT's and SIDT's operand.
+#[repr(C, packed)]
+struct PseudoDescriptor {
+    limit: u16,
+    base: u64,
+}
+
+/// INVEPT's and INVVPID's operand.
+#[repr(C, align(16))]
+struct InvalidateDescriptor {
+    first: u64,
+    second: u64,
+}
+
+fn outcome(carry: u8, zero: u8) -> Result<(), VmxFailure> {
+    if carry != 0 {
+        Err(VmxFailure::Invalid)
+    } else if zero != 0 {
+        Err(VmxFailure::Valid)
+    } else {
+        Ok(())
+    }
+}
+
+macro_rules! read_register {
+    ($name:ident, $text:literal) => {
+        fn $name(&self) -> u64 {
+            let value: u64;
+            // SAFETY: reading a control register in kernel mode changes nothing.
+            unsafe { asm!($text, out(reg) value, options(nomem, nostack, preserves_flags)) };
+            value
+        }
+    };
+}
+
+macro_rules! vmx_on_memory {
+    ($name:ident, $text:literal) => {
+        unsafe fn $name(&self, region: Hpa) -> Result<(), VmxFailure> {
+            let operand = region.0;
+            let (carry, zero): (u8, u8);
+            // SAFETY: the caller keeps the trait's contract for this instruction.
+            unsafe {
+                asm!($text, "setc {carry}", "setz {zero}",
+                     operand = in(reg) &raw const operand,
+                     carry = out(reg_byte) carry, zero = lateout(reg_byte) zero,
+                     options(nostack));
+            }
+            outcome(carry, zero)
+        }
+    };
+}
+
+macro_rules! read_selector {
+    ($text:literal) => {{
+        let selector: u32;
+        // SAFETY: storing a selector changes nothing.
+        unsafe { asm!($text, out(reg) selector, options(nomem, nostack, preserves_flags)) };
+        (selector & 0xffff) as u16
+    }};
+}
+
+impl Cpu for Native {
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> CpuidResult {
+        let r = core::arch::x86_64::__cpuid_count(leaf, subleaf);
+        CpuidResult {
+            eax: r.eax,
+            ebx: r.ebx,
+            ecx: r.ecx,
+            edx: r.edx,
+        }
+    }
+
+    unsafe fn rdmsr(&self, msr: u32) -> u64 {
+        let (low, high): (u32, u32);
+        // SAFETY: the caller says the register exists.
+        unsafe {
+            asm!("rdmsr", in("ecx") msr, out("eax") low, out("edx") high,
+                 options(nostack, preserves_flags));
+        }
+        (u64::from(high) << 32) | u64::from(low)
+    }
+
+    #[allow(clippy::cast_possible_truncation)]
+    unsafe fn wrmsr(&self, msr: u32, value: u64) {
+        // SAFETY: the caller says the register takes the value.
+        unsafe {
+            asm!("wrmsr", in("ecx") msr, in("eax") value as u32, in("edx") (value >> 32) as u32,
+                 options(nostack, preserves_flags));
+        }
+    }
+
+    read_register!(cr0, "mov {}, cr0");
+    read_register!(cr2, "mov {}, cr2");
+    read_register!(cr3, "mov {}, cr3");
+    read_register!(cr4, "mov {}, cr4");
+
+    unsafe fn set_cr2(&self, value: u64) {
+        // SAFETY: CR2 only matters to a page-fault handler; the caller excludes one.
+        unsafe { asm!("mov cr2, {}", in(reg) value, options(nomem, nostack, preserves_flags)) };
+    }
+
+    fn dr(&self, index: u8) -> u64 {
+        let value: u64;
+        macro_rules! get {
+            ($text:literal) => {
+                // SAFETY: reading a debug register in kernel mode changes nothing.
+                unsafe { asm!($text, out(reg) value, options(nomem, nostack, preserves_flags)) }
+            };
+        }
+        match index {
+            0 => get!("mov {}, dr0"),
+            1 => get!("mov {}, dr1"),
+            2 => get!("mov {}, dr2"),
+            3 => get!("mov {}, dr3"),
+            6 => get!("mov {}, dr6"),
+            _ => get!("mov {}, dr7"),
+        }
+        value
+    }
+
+    unsafe fn set_dr(&self, index: u8, value: u64) {
+        macro_rules! set {
+            ($text:literal) => {
+                // SAFETY: the caller puts the host's value back in time.
+                unsafe { asm!($text, in(reg) value, options(nomem, nostack, preserves_flags)) }
+            };
+        }
+        match index {
+            0 => set!("mov dr0, {}"),
+            1 => set!("mov dr1, {}"),
+            2 => set!("mov dr2, {}"),
+            3 => set!("mov dr3, {}"),
+            6 => set!("mov dr6, {}"),
+            _ => set!("mov dr7, {}"),
+        }
+    }
+
+    fn rdtsc(&self) -> u64 {
+        let (low, high): (u32, u32);
+        // SAFETY: RDTSC changes nothing.
+        unsafe {
+            asm!("rdtsc", out("eax") low, out("edx") high,
+                 options(nomem, nostack, preserves_flags));
+        }
+        (u64::from(high) << 32) | u64::from(low)
+    }
+
+    fn gdtr(&self) -> TableRegister {
+        let mut table = PseudoDescriptor { limit: 0, base: 0 };
+        // SAFETY: the operand is ten writable bytes.
+        unsafe {
+            asm!("sgdt [{}]", in(reg) &raw mut table, options(nostack, preserves_flags));
+        }
+        TableRegister {
+            base: table.base,
+            limit: table.limit,
+        }
+    }
+
+    fn idtr(&self) -> TableRegister {
+        let mut table = PseudoDescriptor { limit: 0, base: 0 };
+        // SAFETY: the operand is ten writable bytes.
+        unsafe {
+            asm!("sidt [{}]", in(reg) &raw mut table, options(nostack, preserves_flags));
+        }
+        TableRegister {
+            base: table.base,
+            limit: table.limit,
+        }
+    }
+
+    fn selectors(&self) -> Selectors {
+        Selectors {
+            cs: read_selector!("mov {:e}, cs"),
+            ss: read_selector!("mov {:e}, ss"),
+            ds: read_selector!("mov {:e}, ds"),
+            es: read_selector!("mov {:e}, es"),
+            fs: read_selector!("mov {:e}, fs"),
+            gs: read_selector!("mov {:e}, gs"),
+            tr: read_selector!("str {:e}"),
+        }
+    }
+
+    /// SDM 8.2.3 "TSS Descriptor in 64-bit mode", figure 8-4.
+    fn tr_base(&self) -> u64 {
+        let table = self.gdtr();
+        let offset = u64::from(self.selectors().tr & !7);
+        let descriptor = table.base.wrapping_add(offset) as *const u64;
+        // SAFETY: TR holds a selector of the current GDT, so the descriptor is there.
+        let low = unsafe { descriptor.read_volatile() };
+        let upper_half = descriptor.wrapping_add(1);
+        // SAFETY: a TSS descriptor is 16 bytes in 64-bit mode.
+        let high = unsafe { upper_half.read_volatile() };
+        ((low >> 16) & 0x00ff_ffff) | ((low >> 32) & 0xff00_0000) | (high << 32)
+    }
+
+    unsafe fn xcr0(&self) -> u64 {
+        let (low, high): (u32, u32);
+        // SAFETY: the caller says CR4.OSXSAVE is set.
+        unsafe {
+            asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high,
+                 options(nomem, nostack, preserves_flags));
+        }
+        (u64::from(high) << 32) | u64::from(low)
+    }
+
+    #[allow(clippy::cast_possible_truncation)]
+    unsafe fn set_xcr0(&self, value: u64) {
+        // SAFETY: the caller says the processor supports the value.
+        unsafe {
+            asm!("xsetbv", in("ecx") 0, in("eax") value as u32, in("edx") (value >> 32) as u32,
+                 options(nomem, nostack, preserves_flags));
+        }
+    }
+
+    #[allow(clippy::cast_possible_truncation)]
+    unsafe fn xsave(&self, area: *mut u8, mask: u64) {
+        if self.cr4() & (1 << 18) != 0 {
+            // SAFETY: the caller gives an area of the right size and alignment.
+            unsafe {
+                asm!("xsave64 [{}]", in(reg) area, in("eax") mask as u32,
+                     in("edx") (mask >> 32) as u32, options(nostack, preserves_flags));
+            }
+        } else {
+            // SAFETY: as above, 512 bytes.
+            unsafe { asm!("fxsave64 [{}]", in(reg) area, options(nostack, preserves_flags)) };
+        }
+    }
+
+    #[allow(clippy::cast_possible_truncation)]
+    unsafe fn xrstor(&self, area: *const u8, mask: u64) {
+        if self.cr4() & (1 << 18) != 0 {
+            // SAFETY: the caller gives an image that the processor accepts.
+            unsafe {
+                asm!("xrstor64 [{}]", in(reg) area, in("eax") mask as u32,
+                     in("edx") (mask >> 32) as u32, options(nostack, preserves_flags));
+            }
+        } else {
+            // SAFETY: as above, 512 bytes.
+            unsafe { asm!("fxrstor64 [{}]", in(reg) area, options(nostack, preserves_flags)) };
+        }
+    }
+
+    unsafe fn raise_nmi(&self) {
+        // SAFETY: the caller stands right behind an NMI exit; the host's NMI
+        // handler preserves every register.
+        unsafe { asm!("int 2") };
+    }
+
+    vmx_on_memory!(vmxon, "vmxon qword ptr [{operand}]");
+    vmx_on_memory!(vmclear, "vmclear qword ptr [{operand}]");
+    vmx_on_memory!(vmptrld, "vmptrld qword ptr [{operand}]");
+
+    unsafe fn vmxoff(&self) -> Result<(), VmxFailure> {
+        let (carry, zero): (u8, u8);
+        // SAFETY: the caller executed the VMXON.
+        unsafe {
+            asm!("vmxoff", "setc {carry}", "setz {zero}",
+                 carry = out(reg_byte) carry, zero = lateout(reg_byte) zero, options(nostack));
+        }
+        outcome(carry, zero)
+    }
+
+    unsafe fn vmptrst(&self) -> Option<Hpa> {
+        let mut pointer = u64::MAX;
+        // SAFETY: the caller is in VMX operation; the operand is 8 writable bytes.
+        unsafe { asm!("vmptrst qword ptr [{}]", in(reg) &raw mut pointer, options(nostack)) };
+        (pointer != u64::MAX).then_some(Hpa(pointer))
+    }
+
+    unsafe fn vmread(&self, field: u32) -> Result<u64, VmxFailure> {
+        let value: u64;
+        let (carry, zero): (u8, u8);
+        // SAFETY: the caller is in VMX operation.
+        unsafe {
+            asm!("vmread {value}, {field}", "setc {carry}", "setz {zero}",
+                 value = out(reg) value, field = in(reg) u64::from(field),
+                 carry = out(reg_byte) carry, zero = lateout(reg_byte) zero,
+                 options(nostack));
+        }
+        outcome(carry, zero).map(|()| value)
+    }
+
+    unsafe fn vmwrite(&self, field: u32, value: u64) -> Result<(), VmxFailure> {
+        let (carry, zero): (u8, u8);
+        // SAFETY: the caller keeps the trait's contract.
+        unsafe {
+            asm!("vmwrite {field}, {value}", "setc {carry}", "setz {zero}",
+                 value = in(reg) value, field = in(reg) u64::from(field),
+                 carry = out(reg_byte) carry, zero = lateout(reg_byte) zero,
+                 options(nostack));
+        }
+        outcome(carry, zero)
+    }
+
+    unsafe fn invept(&self, kind: InveptKind, eptp: u64) -> Result<(), VmxFailure> {
+        let descriptor = InvalidateDescriptor {
+            first: eptp,
+            second: 0,
+        };
+        let (carry, zero): (u8, u8);
+        // SAFETY: the caller is in VMX operation; the operand is 16 bytes.
+        unsafe {
+            asm!("invept {kind}, xmmword ptr [{operand}]", "setc {carry}", "setz {zero}",
+                 kind = in(reg) kind as u64, operand = in(reg) &raw const descriptor,
+                 carry = out(reg_byte) carry, zero = lateout(reg_byte) zero,
+                 options(nostack));
+        }
+        outcome(carry, zero)
+    }
+
+    unsafe fn invvpid(
+        &self,
+        kind: InvvpidKind,
+        vpid: u16,
+        address: u64,
+    ) -> Result<(), VmxFailure> {
+        let descriptor = InvalidateDescriptor {
+            first: u64::from(vpid),
+            second: address,
+        };
+        let (carry, zero): (u8, u8);
+        // SAFETY: the caller is in VMX operation; the operand is 16 bytes.
+        unsafe {
+            asm!("invvpid {kind}, xmmword ptr [{operand}]", "setc {carry}", "setz {zero}",
+                 kind = in(reg) kind as u64, operand = in(reg) &raw const descriptor,
+                 carry = out(reg_byte) carry, zero = lateout(reg_byte) zero,
+                 options(nostack));
+        }
+        outcome(carry, zero)
+    }
+
+    unsafe fn enter(&self, regs: &mut GuestRegs, launched: bool) -> Result<(), VmxFailure> {
+        // SAFETY: the caller keeps the trait's contract.
+        let flags = unsafe { world_switch(regs, u64::from(launched)) };
+        outcome((flags & 1) as u8, (flags & 0x40) as u8)
+    }
+}
+
+const HOST_RSP: u64 = x86::vmx::vmcs::host::RSP as u64;
+const HOST_RIP: u64 = x86::vmx::vmcs::host::RIP as u64;
+
+/// Enters the guest and comes back at its next exit, or at once if the entry
+/// instruction fails. Returns RFLAGS as the entry instruction left them: after
+/// an exit CF and ZF are clear (SDM 28.5.3 "Loading Host RIP, RSP, RFLAGS, and
+/// SSP").
+///
+/// 1. Save RBX and RBP, which the compiler will not let an asm statement clobber.
+/// 2. Push the register block's address; RSP now is the host's for the exit.
+/// 3. VMWRITE HOST_RSP if it changed, HOST_RIP if this VMCS is being launched.
+/// 4. Load the guest's registers and enter.
+/// 5. Exit and failure meet at label 4: store the guest's registers, unwind.
+///
+/// # Safety
+/// The contract of [`Cpu::enter`]. Not inlined: HOST_RIP names the one copy.
+#[inline(never)]
+unsafe extern "sysv64" fn world_switch(regs: *mut GuestRegs, launched: u64) -> u64 {
+    let flags: u64;
+    // SAFETY: the caller's contract; every register the guest may change is
+    // saved here or declared clobbered.
+    unsafe {
+        asm!(
+            "push rbx",
+            "push rbp",
+            "push rdi",
+            "cmp rsp, [rdi + {host_rsp}]",
+            "je 2f",
+            "mov [rdi + {host_rsp}], rsp",
+            "mov eax, {field_rsp}",
+            "vmwrite rax, rsp",
+            "2:",
+            "test rsi, rsi",
+            "jnz 3f",
+            "mov eax, {field_rip}",
+            "lea rdx, [rip + 4f]",
+            "vmwrite rax, rdx",
+            // The guest's RSI is loaded below, so the choice rides in the flags.
+            "test rsi, rsi",
+            "3:",
+            "mov rax, [rdi + {gpr} + 0*8]",
+            "mov rcx, [rdi + {gpr} + 1*8]",
+            "mov rdx, [rdi + {gpr} + 2*8]",
+            "mov rbx, [rdi + {gpr} + 3*8]",
+            "mov rbp, [rdi + {gpr} + 5*8]",
+            "mov rsi, [rdi + {gpr} + 6*8]",
+            "mov r8,  [rdi + {gpr} + 8*8]",
+            "mov r9,  [rdi + {gpr} + 9*8]",
+            "mov r10, [rdi + {gpr} + 10*8]",
+            "mov r11, [rdi + {gpr} + 11*8]",
+            "mov r12, [rdi + {gpr} + 12*8]",
+            "mov r13, [rdi + {gpr} + 13*8]",
+            "mov r14, [rdi + {gpr} + 14*8]",
+            "mov r15, [rdi + {gpr} + 15*8]",
+            "mov rdi, [rdi + {gpr} + 7*8]",
+            "jnz 5f",
+            "vmlaunch",
+            "jmp 4f",
+            "5:",
+            "vmresume",
+            "4:",
+            // None of PUSH, MOV and POP touches the flags.
+            "push rdi",
+            "mov rdi, [rsp + 8]",
+            "mov [rdi + {gpr} + 0*8], rax",
+            "mov [rdi + {gpr} + 1*8], rcx",
+            "mov [rdi + {gpr} + 2*8], rdx",
+            "mov [rdi + {gpr} + 3*8], rbx",
+            "mov [rdi + {gpr} + 5*8], rbp",
+            "mov [rdi + {gpr} + 6*8], rsi",
+            "mov [rdi + {gpr} + 8*8], r8",
+            "mov [rdi + {gpr} + 9*8], r9",
+            "mov [rdi + {gpr} + 10*8], r10",
+            "mov [rdi + {gpr} + 11*8], r11",
+            "mov [rdi + {gpr} + 12*8], r12",
+            "mov [rdi + {gpr} + 13*8], r13",
+            "mov [rdi + {gpr} + 14*8], r14",
+            "mov [rdi + {gpr} + 15*8], r15",
+            "pop rax",
+            "mov [rdi + {gpr} + 7*8], rax",
+            "pushfq",
+            "pop rax",
+            "pop rdi",
+            "pop rbp",
+            "pop rbx",
+            // No guest value survives in a register that speculation could use.
+            "mov ecx, 0",
+            "mov edx, 0",
+            "mov esi, 0",
+            "mov r8d, 0",
+            "mov r9d, 0",
+            "mov r10d, 0",
+            "mov r11d, 0",
+            "mov r12d, 0",
+            "mov r13d, 0",
+            "mov r14d, 0",
+            "mov r15d, 0",
+            gpr = const offset_of!(GuestRegs, gpr),
+            host_rsp = const offset_of!(GuestRegs, host_rsp),
+            field_rsp = const HOST_RSP,
+            field_rip = const HOST_RIP,
+            inout("rdi") regs => _,
+            inout("rsi") launched => _,
+            out("rax") flags,
+            out("rcx") _, out("rdx") _,
+            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+            out("r12") _, out("r13") _, out("r14") _, out("r15") _,
+        );
+    }
+    flags
+}
