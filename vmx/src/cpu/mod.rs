@@ -4,6 +4,8 @@
 //! instructions would make no sense apart. Above this trait everything is
 //! ordinary Rust that `tests/sim` can run; below it there is
 //! [`native`](self::native), the only file with `asm!`.
+// UNSAFETY: declares the methods whose misuse breaks the host.
+#![expect(unsafe_code)]
 
 pub mod native;
 
@@ -222,8 +224,7 @@ pub trait Cpu: Send + Sync + 'static {
     ///
     /// # Safety
     /// In VMX operation.
-    unsafe fn invvpid(&self, kind: InvvpidKind, vpid: u16, address: u64)
-    -> Result<(), VmxFailure>;
+    unsafe fn invvpid(&self, kind: InvvpidKind, vpid: u16, address: u64) -> Result<(), VmxFailure>;
 
     /// Loads the guest's registers, executes VMLAUNCH (`launched == false`) or
     /// VMRESUME, and stores the guest's registers after the exit. Writes

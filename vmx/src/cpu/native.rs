@@ -327,12 +327,7 @@ impl Cpu for Native {
         outcome(carry, zero)
     }
 
-    unsafe fn invvpid(
-        &self,
-        kind: InvvpidKind,
-        vpid: u16,
-        address: u64,
-    ) -> Result<(), VmxFailure> {
+    unsafe fn invvpid(&self, kind: InvvpidKind, vpid: u16, address: u64) -> Result<(), VmxFailure> {
         let descriptor = InvalidateDescriptor {
             first: u64::from(vpid),
             second: address,

@@ -1,0 +1,357 @@
+//! Seam 2: the operating system, and what it must lend us.
+//!
+//! Each shim implements [`Host`] and its companions once; so does `tests/sim`.
+//! No OS is named above or below this file.
+// UNSAFETY: the guards below undo what an unsafe seam did.
+#![expect(unsafe_code)]
+
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+
+use crate::arch::addr::{Hpa, Hva, Pfn};
+use crate::cpu::Cpu;
+use crate::fallible::NoMemory;
+use crate::sync::RawLock;
+
+/// A page from the host: 4096 bytes, page aligned, mapped for the kernel.
+#[derive(Debug)]
+pub struct HostPage {
+    /// Where the kernel sees it.
+    pub address: NonNull<u8>,
+    /// Where the processor sees it.
+    pub physical: Hpa,
+}
+
+// SAFETY: a page is memory, not tied to a thread.
+unsafe impl Send for HostPage {}
+// SAFETY: as above; access goes through whoever owns it.
+unsafe impl Sync for HostPage {}
+
+/// The processor asked for is not running.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuOffline;
+
+/// What an operating system must lend us.
+///
+/// The value is a handle: cheap to clone, often of size zero.
+///
+/// # Safety
+/// Pages are what [`HostPage`] says and stay until freed; `pin` keeps the
+/// thread on its processor; `run_on` runs where it says; locks exclude.
+pub unsafe trait Host: Clone + Send + Sync + 'static {
+    /// The processor behind this host.
+    type Cpu: Cpu;
+    /// A lock that sleeps. Never taken while pinned.
+    type Mutex: RawLock;
+    /// A lock that spins with preemption masked. Interrupts stay on, so it is
+    /// never taken by an interrupt handler (nor in `run_on`).
+    type Spin: RawLock;
+    /// A process's address space.
+    type UserSpace: UserSpace;
+    /// A page that the kernel and one process both map.
+    type SharedPage: SharedPage;
+
+    /// The processor.
+    fn cpu(&self) -> &Self::Cpu;
+
+    /// A zeroed page, with its physical address. May sleep.
+    ///
+    /// # Errors
+    /// [`NoMemory`].
+    fn alloc_page(&self) -> Result<HostPage, NoMemory>;
+
+    /// Gives a page back. Does not sleep.
+    ///
+    /// # Safety
+    /// The page came from `alloc_page` and nobody, the processor included,
+    /// uses it any more.
+    unsafe fn free_page(&self, page: HostPage);
+
+    /// Processor numbers are below this; fixed while the module is loaded.
+    fn cpu_limit(&self) -> usize;
+
+    /// The number of the processor this thread is on; steady while pinned.
+    fn current_cpu(&self) -> usize;
+
+    /// Masks preemption. Nests. Use [`Pinned::new`].
+    fn preempt_off(&self);
+
+    /// Undoes one `preempt_off`.
+    ///
+    /// # Safety
+    /// Pairs with a `preempt_off` of this thread.
+    unsafe fn preempt_on(&self);
+
+    /// Masks interrupts here; returns what `interrupts_restore` needs.
+    fn interrupts_save(&self) -> usize;
+
+    /// Restores the interrupt mask.
+    ///
+    /// # Safety
+    /// Pairs with an `interrupts_save` of this thread, innermost first.
+    unsafe fn interrupts_restore(&self, saved: usize);
+
+    /// Runs `call` on one processor, interrupts masked there, and waits. Not
+    /// to be called with interrupts masked or from `call`.
+    ///
+    /// # Errors
+    /// [`CpuOffline`]: it was not run.
+    fn run_on(&self, cpu: usize, call: &(dyn Fn() + Sync)) -> Result<(), CpuOffline>;
+
+    /// Runs `call` on every running processor, this one included, interrupts
+    /// masked, and waits for all. Not to be called with interrupts masked.
+    fn run_on_all(&self, call: &(dyn Fn() + Sync));
+
+    /// Interrupts a processor, so that a guest running there exits. Does not
+    /// wait.
+    fn kick(&self, cpu: usize);
+
+    /// Sets or clears CR4.VMXE on this processor, in step with whatever copy
+    /// of CR4 the host keeps.
+    ///
+    /// # Safety
+    /// Pinned; not cleared while in VMX operation.
+    unsafe fn set_vmxe(&self, on: bool);
+
+    /// A signal waits for this thread, or the scheduler wants the processor:
+    /// RUN should return to user space.
+    fn event_pending(&self) -> bool;
+
+    /// Takes the extended (x87, SSE, AVX ...) registers from the host: saves
+    /// what it keeps there and lets this thread use them until `fpu_end`.
+    /// Masks preemption meanwhile.
+    fn fpu_begin(&self);
+
+    /// Gives the extended registers back to the host.
+    ///
+    /// # Safety
+    /// Pairs with `fpu_begin`; XCR0 is the host's again.
+    unsafe fn fpu_end(&self);
+
+    /// Nanoseconds from a clock that never steps.
+    fn monotonic_ns(&self) -> u64;
+
+    /// The calling process's address space.
+    ///
+    /// # Errors
+    /// [`NoMemory`], or the thread has none.
+    fn user_space(&self) -> Result<Self::UserSpace, NoMemory>;
+
+    /// A fresh zeroed page mapped writable into the calling process and the
+    /// kernel. May sleep.
+    ///
+    /// # Errors
+    /// [`NoMemory`].
+    fn shared_page(&self) -> Result<Self::SharedPage, NoMemory>;
+}
+
+/// Why an access to a process's memory failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UserFault {
+    /// Nothing is mapped there, or not for this kind of access.
+    BadAddress,
+    /// The host has no memory to bring it in.
+    NoMemory,
+    /// A signal wants this thread; try again later.
+    Interrupted,
+}
+
+/// The host memory behind an address of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostFrame {
+    /// The 4 KB page behind the address.
+    pub frame: Pfn,
+    /// Whether the process may write it.
+    pub writable: bool,
+    /// log2 of the bytes of the largest naturally aligned piece around the
+    /// address, in the process's addresses and in host-physical ones alike,
+    /// that the host maps as one: 12, 21 or 30.
+    pub shift: u32,
+}
+
+/// A process's address space: where guest RAM lives.
+///
+/// Guest RAM is borrowed, not pinned: [`UserSpace::fault_in`] tells where a page is *now*,
+/// and the host says through [`Invalidate`] when that ends. Whoever uses the
+/// answer holds the lock under which the invalidations are counted, and
+/// compares the count from before the call (see `memory`).
+///
+/// # Safety
+/// Between `watch` and `unwatch` every change of what `fault_in` reported is
+/// preceded by `Invalidate::begin` and followed by `Invalidate::end`.
+pub unsafe trait UserSpace: Send + Sync {
+    /// Whether the calling thread belongs to this process.
+    fn is_current(&self) -> bool;
+
+    /// Where the page behind `address` is, brought in if need be. May sleep.
+    ///
+    /// # Errors
+    /// See [`UserFault`].
+    fn fault_in(&self, address: Hva, write: bool) -> Result<HostFrame, UserFault>;
+
+    /// Copies out of the process. May sleep. The calling thread belongs to it.
+    ///
+    /// # Errors
+    /// [`UserFault::BadAddress`]; `bytes` may be partly filled.
+    fn read(&self, address: Hva, bytes: &mut [u8]) -> Result<(), UserFault>;
+
+    /// Copies into the process. May sleep. The calling thread belongs to it.
+    ///
+    /// # Errors
+    /// [`UserFault::BadAddress`]; part of it may have been written.
+    fn write(&self, address: Hva, bytes: &[u8]) -> Result<(), UserFault>;
+
+    /// Atomically replaces `old` by `new` in `size` (1, 2, 4 or 8) naturally
+    /// aligned bytes; returns what was there. May sleep.
+    ///
+    /// # Errors
+    /// [`UserFault::BadAddress`].
+    fn compare_exchange(
+        &self,
+        address: Hva,
+        size: u8,
+        old: u64,
+        new: u64,
+    ) -> Result<u64, UserFault>;
+
+    /// Starts reports to `listener`.
+    ///
+    /// # Errors
+    /// [`NoMemory`]: there will be no reports.
+    ///
+    /// # Safety
+    /// `listener` stays valid and in place until `unwatch` returns. At most
+    /// one listener at a time.
+    unsafe fn watch(&self, listener: NonNull<dyn Invalidate>) -> Result<(), NoMemory>;
+
+    /// Ends the reports; when it returns none is running or will come. May
+    /// sleep; not called from a report.
+    fn unwatch(&self);
+}
+
+/// Hears that host memory is about to change under a process's addresses.
+/// Called by any thread, not from interrupts; must not sleep.
+pub trait Invalidate: Sync {
+    /// Translations of `start..end` are no longer good: when this returns no
+    /// processor uses one. New ones are not made until the matching `end`.
+    fn begin(&self, start: Hva, end: Hva);
+    /// The change is done.
+    fn end(&self, start: Hva, end: Hva);
+}
+
+/// A page that the kernel and one process both map. Dropping it ends both.
+///
+/// # Safety
+/// The kernel's mapping stays for the life of the value. The process can write
+/// the page at any time: never form a reference to it.
+pub unsafe trait SharedPage: Send + Sync {
+    /// Where the kernel sees it.
+    fn kernel(&self) -> NonNull<u8>;
+    /// Where the process sees it.
+    fn user(&self) -> Hva;
+}
+
+/// Proof that this thread cannot leave its processor; ends when dropped.
+pub struct Pinned<'h, H: Host> {
+    host: &'h H,
+    not_send: PhantomData<*const ()>,
+}
+
+impl<'h, H: Host> Pinned<'h, H> {
+    /// Pins the calling thread.
+    pub fn new(host: &'h H) -> Self {
+        host.preempt_off();
+        Self {
+            host,
+            not_send: PhantomData,
+        }
+    }
+
+    /// The host that lent the proof.
+    #[must_use]
+    pub fn host(&self) -> &'h H {
+        self.host
+    }
+
+    /// The processor, steady while this proof lives.
+    #[must_use]
+    pub fn cpu_number(&self) -> usize {
+        self.host.current_cpu()
+    }
+}
+
+impl<H: Host> Drop for Pinned<'_, H> {
+    fn drop(&mut self) {
+        // SAFETY: pairs with the `preempt_off` in `new`; not Send, so same thread.
+        unsafe { self.host.preempt_on() };
+    }
+}
+
+/// Proof that interrupts are masked on this processor; ends when dropped.
+pub struct InterruptsOff<'h, H: Host> {
+    host: &'h H,
+    saved: usize,
+    not_send: PhantomData<*const ()>,
+}
+
+impl<'h, H: Host> InterruptsOff<'h, H> {
+    /// Masks interrupts.
+    pub fn new(host: &'h H) -> Self {
+        Self {
+            host,
+            saved: host.interrupts_save(),
+            not_send: PhantomData,
+        }
+    }
+}
+
+impl<H: Host> Drop for InterruptsOff<'_, H> {
+    fn drop(&mut self) {
+        // SAFETY: pairs with the `interrupts_save` in `new`; guards drop innermost first.
+        unsafe { self.host.interrupts_restore(self.saved) };
+    }
+}
+
+/// A zeroed page of ours, given back when dropped.
+pub struct OwnedPage<H: Host> {
+    host: H,
+    page: HostPage,
+}
+
+impl<H: Host> OwnedPage<H> {
+    /// A new page.
+    ///
+    /// # Errors
+    /// [`NoMemory`].
+    pub fn new(host: &H) -> Result<Self, NoMemory> {
+        Ok(Self {
+            host: host.clone(),
+            page: host.alloc_page()?,
+        })
+    }
+
+    /// Where the processor sees it.
+    #[must_use]
+    pub fn physical(&self) -> Hpa {
+        self.page.physical
+    }
+
+    /// Where the kernel sees it. The processor or a user may write it too, so
+    /// this stays a pointer.
+    #[must_use]
+    pub fn pointer(&self) -> *mut u8 {
+        self.page.address.as_ptr()
+    }
+}
+
+impl<H: Host> Drop for OwnedPage<H> {
+    fn drop(&mut self) {
+        let page = HostPage {
+            address: self.page.address,
+            physical: self.page.physical,
+        };
+        // SAFETY: the page came from this host; its owner is being dropped and
+        // has taken it from the processor before.
+        unsafe { self.host.free_page(page) };
+    }
+}
