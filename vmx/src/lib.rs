@@ -35,6 +35,9 @@ extern crate alloc;
 
 pub mod arch;
 pub mod cpu;
+pub mod error;
 pub mod fallible;
 pub mod host;
 pub mod sync;
+
+pub use error::Error;
