@@ -3,6 +3,7 @@
 //! To add a command: a `mod` line and one line in [`COMMANDS`]. A command gets the words after its
 //! name and returns the exit code of the process; an error is printed with its causes and is exit code 1.
 
+mod abi;
 mod setup;
 mod testbed;
 
@@ -20,6 +21,11 @@ struct Command {
 
 /// All subcommands, in the order of the usage text.
 const COMMANDS: &[Command] = &[
+    Command {
+        name: "abi",
+        about: "[--json]  print request numbers, structures and constants",
+        run: abi::run,
+    },
     Command {
         name: "setup",
         about: "install and build what the other commands need",
