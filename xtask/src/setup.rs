@@ -1,7 +1,59 @@
-//! `cargo xtask setup`: installs Debian packages and builds the emulated PC, once.
+//! `cargo xtask setup`: installs Debian packages and fetches and builds the emulated PC, once.
 
 use std::process::ExitCode;
+use std::time::Instant;
 
-pub(crate) fn run(_args: &[String]) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("the emulated PC is not in this commit yet")
+use anyhow::{Result, bail};
+use testbed::{Flavour, Kernel, WorkFolder, bochs::Bochs, guest::Pieces, packages};
+
+const HELP: &str = "usage: cargo xtask setup [--kernel 6.1|6.12]...
+Installs the Debian packages the emulated PC needs (the only step that asks for root), builds its
+emulator and fetches its kernel. What is there already is left alone.";
+
+pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
+    let mut flavours = Vec::new();
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        match (arg.as_str(), args.as_slice().first()) {
+            ("--help" | "-h", _) => {
+                println!("{HELP}");
+                return Ok(ExitCode::SUCCESS);
+            }
+            ("--kernel", Some(series)) => {
+                flavours.push(Flavour::from_series(series)?);
+                args.next();
+            }
+            _ => bail!("cannot make sense of '{arg}'\n{HELP}"),
+        }
+    }
+    if flavours.is_empty() {
+        flavours.push(Flavour::default());
+    }
+    let start = Instant::now();
+    packages::ensure_packages(packages::NEEDED)?;
+    let work = WorkFolder::open()?;
+    // The emulator is long at the compiler and the kernel at the network: side by side.
+    let (bochs, kernels) = std::thread::scope(|scope| {
+        let bochs = scope.spawn(|| Bochs::ensure(&work));
+        let kernels: Result<Vec<Kernel>> =
+            flavours.iter().map(|f| Kernel::ensure(&work, *f)).collect();
+        (bochs.join(), kernels)
+    });
+    let bochs = bochs.map_err(|_| anyhow::anyhow!("the build of Bochs stopped"))??;
+    Pieces::ensure(&work)?;
+    println!("work folder  {}", work.root().display());
+    println!(
+        "emulator     {} ({:?})",
+        bochs.program.display(),
+        bochs.build
+    );
+    for kernel in kernels? {
+        println!(
+            "kernel       {} (headers {})",
+            kernel.release,
+            kernel.headers_dir.display()
+        );
+    }
+    println!("ready in {:.1} s", start.elapsed().as_secs_f64());
+    Ok(ExitCode::SUCCESS)
 }

@@ -1,0 +1,150 @@
+//! The emulator: Bochs 3.0 built from Debian's source tarball, or Debian's own Bochs 2.7 where the
+//! tarball is not to be had (slower: three times the boot).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::command;
+use crate::folder::{WorkFolder, key, progress};
+use crate::packages;
+
+/// Set to `own` or `debian` to choose the emulator.
+pub const ENVIRONMENT: &str = "HAXM_TESTBED_BOCHS";
+
+const TARBALL: &str = "bochs_3.0+dfsg.orig.tar.xz";
+const SHA256: &str = "78f6c73d4a6472d5130a87ab9dc306d02c7c71ed8e25b3a8ef642e2a7acd282b";
+
+/// No debugger, no plugins, no window: twice as quick as a distribution's build.
+const CONFIGURE: &[&str] = &[
+    "CFLAGS=-O2 -pipe",
+    "CXXFLAGS=-O2 -pipe",
+    "--with-nogui",
+    "--without-x",
+    "--disable-docbook",
+    "--enable-smp",
+    "--enable-x86-64",
+    "--enable-cpu-level=6",
+    "--enable-all-optimizations",
+    "--enable-vmx=2",
+    "--enable-svm",
+    "--enable-avx",
+    "--enable-evex",
+    "--enable-pci",
+    "--enable-memtype",
+    "--enable-protection-keys",
+    "--enable-x86-debugger",
+    // Its timer handler can deadlock with the log.
+    "--disable-show-ips",
+];
+
+/// Which build it is; the two want different configuration files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Build {
+    /// 3.0, built here.
+    Own,
+    /// 2.7, Debian's package.
+    Debian,
+}
+
+/// An emulator ready to run.
+#[derive(Clone, Debug)]
+pub struct Bochs {
+    /// Which build.
+    pub build: Build,
+    /// The program.
+    pub program: PathBuf,
+    /// The BIOS image.
+    pub bios: PathBuf,
+}
+
+impl Bochs {
+    /// Fetches and builds the emulator, once.
+    ///
+    /// # Errors
+    /// Neither build is to be had; the text gives both reasons.
+    pub fn ensure(work: &WorkFolder) -> Result<Self> {
+        match std::env::var(ENVIRONMENT).as_deref() {
+            Ok("own") => return own(work),
+            Ok("debian") => return debian(work),
+            Ok(other) => bail!("{ENVIRONMENT} is '{other}', not own or debian"),
+            Err(_) => {}
+        }
+        // A failed attempt is remembered, so that it is not made at each run.
+        if work.read("bochs.fallback").is_some() {
+            return debian(work);
+        }
+        own(work).or_else(|error| {
+            progress(&format!("Bochs 3.0 is not to be had: {error:#}"));
+            progress("using Debian's own Bochs, which is slower");
+            let bochs =
+                debian(work).with_context(|| format!("no Bochs 3.0 ({error:#}), and no other"))?;
+            work.write("bochs.fallback", &format!("{error:#}\n"))?;
+            Ok(bochs)
+        })
+    }
+}
+
+fn own(work: &WorkFolder) -> Result<Bochs> {
+    let mut recipe = CONFIGURE.to_vec();
+    recipe.extend([TARBALL, SHA256, "1"]);
+    let folder = work.once(&format!("bochs-3.0-{}", key(&recipe)), |dir| {
+        let tarball = work.path(TARBALL);
+        if !tarball.exists() {
+            packages::fetch_from_pool("bochsbios", TARBALL, SHA256, &tarball)?;
+        }
+        let source = dir.join("source");
+        fs::create_dir(&source)?;
+        let mut tar = Command::new("tar");
+        tar.arg("xJf")
+            .arg(&tarball)
+            .arg("--strip-components=1")
+            .arg("-C")
+            .arg(&source);
+        command::output(&mut tar)?;
+        progress("building Bochs 3.0 (about 2 minutes on 2 cores)");
+        let mut configure = Command::new("./configure");
+        configure.args(CONFIGURE).current_dir(&source);
+        command::logged(&mut configure, &work.path("bochs-configure.log"))?;
+        let mut make = Command::new("make");
+        make.arg("-j2").current_dir(&source);
+        // A surrounding make or cargo must not hand its job server down.
+        make.env_remove("MAKEFLAGS").env_remove("CARGO_MAKEFLAGS");
+        command::logged(&mut make, &work.path("bochs-make.log"))?;
+        fs::rename(source.join("bochs"), dir.join("bochs"))?;
+        fs::remove_dir_all(&source)?;
+        packages::unpack(&packages::fetch(work, &["bochsbios"])?, dir)
+    })?;
+    Ok(Bochs {
+        build: Build::Own,
+        program: folder.join("bochs"),
+        bios: bios(&folder)?,
+    })
+}
+
+fn debian(work: &WorkFolder) -> Result<Bochs> {
+    packages::ensure_packages(&["bochs", "bochsbios"])?;
+    let folder = work.once("bochs-debian", |dir| {
+        packages::unpack(&packages::fetch(work, &["bochsbios"])?, dir)
+    })?;
+    Ok(Bochs {
+        build: Build::Debian,
+        program: PathBuf::from("bochs"),
+        bios: bios(&folder)?,
+    })
+}
+
+fn bios(folder: &Path) -> Result<PathBuf> {
+    let path = folder.join("usr/share/bochs/BIOS-bochs-latest");
+    let metadata = fs::metadata(&path);
+    metadata.with_context(|| {
+        format!(
+            "{} is not there: remove {}",
+            path.display(),
+            folder.display()
+        )
+    })?;
+    Ok(path)
+}

@@ -1,0 +1,218 @@
+//! Debian's packages: installed where they must be (the only thing here that asks for root), or
+//! only fetched and unpacked. No name of a mirror is written down: apt knows its own.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::command;
+use crate::folder::{WorkFolder, progress};
+
+/// What the test bed itself needs installed to build and boot the emulated PC.
+pub const NEEDED: &[&str] = &["gcc", "g++", "make", "libc6-dev", "lz4", "xz-utils", "zstd"];
+
+/// Those of `packages` that are not installed.
+///
+/// # Errors
+/// dpkg-query cannot be run: this is not Debian.
+pub fn missing(packages: &[&str]) -> Result<Vec<String>> {
+    // It fails when a package is unknown, and still lists the others.
+    let out = Command::new("dpkg-query")
+        .args(["-W", "-f", "${db:Status-Status} ${Package}\\n"])
+        .args(packages)
+        .output()
+        .context("cannot run dpkg-query: the test bed is made for Debian and its derivatives")?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    let installed: BTreeSet<&str> = text
+        .lines()
+        .filter_map(|l| l.strip_prefix("installed "))
+        .collect();
+    let wanted = packages.iter().filter(|p| !installed.contains(*p));
+    Ok(wanted.map(|p| (*p).to_owned()).collect())
+}
+
+/// Installs those of `packages` that are missing; does nothing, and asks for nothing, when all are
+/// there.
+///
+/// # Errors
+/// Packages are missing and cannot be installed; the text says what to type.
+pub fn ensure_packages(packages: &[&str]) -> Result<()> {
+    let wanted = missing(packages)?;
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    progress(&format!("installing {}", wanted.join(" ")));
+    let mut install = vec!["install", "--yes", "--no-install-recommends"];
+    install.extend(wanted.iter().map(String::as_str));
+    if as_root(&install).is_err() {
+        // The lists may be absent or name versions that are gone.
+        as_root(&["update"])?;
+        as_root(&install)?;
+    }
+    let still = missing(packages)?;
+    ensure!(
+        still.is_empty(),
+        "apt-get did not install {}",
+        still.join(" ")
+    );
+    Ok(())
+}
+
+/// Runs apt-get as root: directly, or through sudo.
+fn as_root(arguments: &[&str]) -> Result<()> {
+    let root = rustix::process::geteuid().is_root();
+    let mut command = if root {
+        let mut c = Command::new("apt-get");
+        c.env("DEBIAN_FRONTEND", "noninteractive");
+        c
+    } else {
+        let typed = format!("sudo apt-get {}", arguments.join(" "));
+        let has_sudo = Command::new("sudo").arg("-V").output().is_ok();
+        ensure!(
+            has_sudo,
+            "this needs root once; type as root: {}",
+            &typed[5..]
+        );
+        progress(&format!("root is needed for: {typed}"));
+        let mut c = Command::new("sudo");
+        c.args(["DEBIAN_FRONTEND=noninteractive", "apt-get"]);
+        c
+    };
+    command.args([
+        "-q",
+        "-o",
+        "Dpkg::Use-Pty=0",
+        "-o",
+        "DPkg::Lock::Timeout=300",
+    ]);
+    command.args(arguments);
+    // Password prompts of sudo go to the terminal itself, not through these.
+    command::output(&mut command)
+        .map(drop)
+        .with_context(|| format!("as root, type: apt-get {}", arguments.join(" ")))
+}
+
+/// Reads the package lists anew.
+///
+/// # Errors
+/// Not root and no sudo, or the mirror does not answer.
+pub fn refresh_lists() -> Result<()> {
+    progress("reading the package lists anew (apt-get update)");
+    as_root(&["update"])
+}
+
+/// All package names that begin with `prefix`.
+///
+/// # Errors
+/// apt-cache cannot be run.
+pub fn names(prefix: &str) -> Result<Vec<String>> {
+    let text = command::output(Command::new("apt-cache").args(["pkgnames", prefix]))?;
+    Ok(text.lines().map(str::to_owned).collect())
+}
+
+/// What `package` depends on, first alternatives included.
+///
+/// # Errors
+/// apt-cache cannot be run or does not know it.
+pub fn dependencies(package: &str) -> Result<Vec<String>> {
+    let text = command::output(Command::new("apt-cache").args(["depends", package]))?;
+    let names = text.lines().filter_map(|l| {
+        let l = l.trim().trim_start_matches('|');
+        l.strip_prefix("Depends: ").map(str::to_owned)
+    });
+    Ok(names.collect())
+}
+
+/// Fetches packages without installing them and gives the paths of the files, which are kept.
+///
+/// # Errors
+/// apt does not know one of them, or the mirror does not answer.
+pub fn fetch(work: &WorkFolder, packages: &[&str]) -> Result<Vec<PathBuf>> {
+    // One folder per set: it appears when all of it is there.
+    let name = format!("packages-{}", crate::folder::key(packages));
+    let folder = work.once(&name, |dir| {
+        let mut download = Command::new("apt-get");
+        download
+            .args(["-q", "download"])
+            .args(packages)
+            .current_dir(dir);
+        command::output(&mut download).map(drop).with_context(|| {
+            format!(
+                "cannot fetch {} (apt-get update may help)",
+                packages.join(" ")
+            )
+        })
+    })?;
+    let mut files = Vec::new();
+    for entry in fs::read_dir(&folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|e| e == "deb") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    ensure!(
+        files.len() == packages.len(),
+        "{} is not complete: remove it",
+        folder.display()
+    );
+    Ok(files)
+}
+
+/// Unpacks package files into a folder, without running anything of theirs.
+///
+/// # Errors
+/// A file is damaged or the folder cannot be written.
+pub fn unpack(files: &[PathBuf], into: &Path) -> Result<()> {
+    for file in files {
+        command::output(Command::new("dpkg").arg("-x").arg(file).arg(into))?;
+    }
+    Ok(())
+}
+
+/// Fetches a file that lies in the archive's pool beside the package `beside`, from the mirror apt
+/// would take that package from, by apt's own means (proxies included).
+///
+/// # Errors
+/// The file is not on the mirror, or its SHA-256 is another.
+pub fn fetch_from_pool(beside: &str, file: &str, sha256: &str, to: &Path) -> Result<()> {
+    let text =
+        command::output(Command::new("apt-get").args(["-q", "download", "--print-uris", beside]))?;
+    let uri = text.split('\'').nth(1).and_then(|uri| uri.rsplit_once('/'));
+    let Some((pool, _)) = uri else {
+        bail!("apt does not say where {beside} comes from");
+    };
+    let uri = format!("{pool}/{}", file.replace('+', "%2b"));
+    let temporary = to.with_extension("part");
+    command::output(
+        Command::new("/usr/lib/apt/apt-helper")
+            .args(["download-file", &uri])
+            .arg(&temporary)
+            .arg(format!("SHA256:{sha256}")),
+    )?;
+    let sum = command::output(Command::new("sha256sum").arg(&temporary))?;
+    ensure!(
+        sum.starts_with(sha256),
+        "{file} has another SHA-256 than expected"
+    );
+    fs::rename(&temporary, to)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn installed_and_unknown_packages_are_told_apart() {
+        // Where there is no dpkg there is nothing to test.
+        let Ok(list) = missing(&["dpkg", "no-such-package-anywhere"]) else {
+            return;
+        };
+        assert_eq!(list, ["no-such-package-anywhere"]);
+        ensure_packages(&["dpkg"]).unwrap();
+    }
+}
