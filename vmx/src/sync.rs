@@ -18,6 +18,8 @@ use crate::fallible::NoMemory;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum LockClass {
+    /// The device layer's table of VMs, vCPUs and their handles (sleeping).
+    Devices,
     /// The table of VMs and the use count of VMX operation (sleeping).
     Hypervisor,
     /// A VM's list of vCPUs and its CPUID table (sleeping).
