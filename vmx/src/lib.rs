@@ -35,6 +35,7 @@ extern crate alloc;
 
 pub mod arch;
 pub mod cpu;
+pub mod emulate;
 pub mod error;
 pub mod fallible;
 pub mod host;

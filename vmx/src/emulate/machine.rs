@@ -275,13 +275,7 @@ pub trait Machine {
     ///
     /// # Errors
     /// [`Fault::Blocked`].
-    fn compare_exchange(
-        &mut self,
-        gpa: u64,
-        len: u8,
-        old: u128,
-        new: u128,
-    ) -> Result<bool, Fault>;
+    fn compare_exchange(&mut self, gpa: u64, len: u8, old: u128, new: u128) -> Result<bool, Fault>;
 
     /// Copies from the port buffer what user space read from the port.
     /// `offset + into.len()` is at most [`PORT_BUFFER_LEN`]. Elements lie in the

@@ -44,9 +44,11 @@ pub(super) enum Recall {
     Answered(u64),
     /// Now, or still, the open request: leave for user space.
     Ask,
-    /// The instruction no longer makes the accesses it made before (the guest
-    /// changed a page table under it), or makes too many. The log is empty now.
+    /// The instruction no longer makes the accesses it made before: the guest
+    /// changed a page table under it. The log is empty now.
     Lost,
+    /// More accesses than the log holds; no instruction makes so many.
+    Full,
 }
 
 /// The accesses of the instruction in flight that user space has served.
@@ -117,9 +119,19 @@ impl MmioLog {
         self.cursor = 0;
     }
 
-    /// Every recorded access has been made again, so the next one is new.
-    pub(super) fn at_end(&self) -> bool {
-        self.cursor == self.len
+    /// Keeps what the port buffer held for the last recalled entry. The first
+    /// call, right after the answer, stores `value`; when later accesses have
+    /// been logged the stored value comes back.
+    pub(super) fn keep(&mut self, value: u64) -> u64 {
+        let last = self.cursor == self.len;
+        match self.entries.get_mut(self.cursor.wrapping_sub(1)) {
+            Some(entry) if last => {
+                entry.value = value;
+                value
+            }
+            Some(entry) => entry.value,
+            None => value,
+        }
     }
 
     /// Looks up the next access of the instruction.
@@ -145,8 +157,7 @@ impl MmioLog {
             return Recall::Answered(value);
         }
         let Some(entry) = self.entries.get_mut(self.len) else {
-            self.clear();
-            return Recall::Lost;
+            return Recall::Full;
         };
         *entry = Entry {
             kind,
