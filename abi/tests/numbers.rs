@@ -381,6 +381,15 @@ fn the_old_vcpu_create_is_the_new_one() {
 }
 
 #[test]
+fn qemu_spells_vcpu_destroy_its_own_way() {
+    assert_eq!(
+        Os::Linux.decode(Device::Vm, 0x40040083),
+        Some(Request::VcpuDestroy)
+    );
+    assert_eq!(Os::Linux.decode(Device::Vcpu, 0x40040083), None);
+}
+
+#[test]
 fn strangers_are_nothing() {
     for os in Os::ALL {
         for device in DEVICES {

@@ -52,6 +52,7 @@ pub const fn argument_size(number: u32) -> u32 {
     number >> SIZE_SHIFT & SIZE_MASK
 }
 
+// `VCPU_DESTROY_QEMU`: QEMU's header gives that request the other direction.
 numbers! {
     numbers {
         Version, System, HAX_IOCTL_VERSION = iowr::<ModuleVersion>(0x20), 0xc0080020;
@@ -83,6 +84,7 @@ numbers! {
     }
     absent { Kickoff }
     also {
+        VCPU_DESTROY_QEMU, VcpuDestroy, Vm = iow::<u32>(0x83), 0x40040083;
         SET_CPUID_32, SetCpuid, Vcpu = iow::<CpuidPointer32>(0xca), 0x400400ca;
         GET_CPUID_32, GetCpuid, Vcpu = iow::<CpuidPointer32>(0xcb), 0x400400cb;
     }
