@@ -17,8 +17,7 @@ Boots the emulated VT-x PC and runs a shell script in it; its exit code becomes 
   --file GUEST=HOST       put a file into the initramfs; may be repeated
   --module NAME[:PARAMS]  insert one of the kernel's modules first; may be repeated
   --append ARGUMENTS      add to the kernel command line
-  --feature-control N     what the firmware writes to MSR 3AH (1: VT-x locked off)
-  --strict-msrs           unknown MSRs raise #GP
+  --feature-control N     what the firmware leaves in MSR 3AH (1: VT-x locked off)
   --report                emulator's own complaints in bochs.log; keeps the run's folder
   --keep                  keep the run's folder
   --timeout SECONDS       (120)
@@ -83,8 +82,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
                 pc.module(name, parameters)
             }
             "--append" => pc.append(value()?),
-            "--feature-control" => pc.feature_control(number(value()?)?),
-            "--strict-msrs" => pc.ignore_bad_msrs(false),
+            "--feature-control" => pc.feature_control(value()?.parse()?),
             "--report" => pc.report_errors(),
             "--keep" => pc.keep(),
             "--timeout" => pc.timeout(Duration::from_secs(value()?.parse()?)),
@@ -113,14 +111,6 @@ fn exit_code(outcome: &Outcome) -> ExitCode {
         0 if !outcome.success() => ExitCode::from(testbed::outcome::NO_VERDICT),
         code => ExitCode::from(code),
     }
-}
-
-fn number(text: &str) -> Result<u32> {
-    let parsed = match text.strip_prefix("0x") {
-        Some(hex) => u32::from_str_radix(hex, 16),
-        None => text.parse(),
-    };
-    parsed.with_context(|| format!("'{text}' is not a number"))
 }
 
 fn models() -> Result<ExitCode> {

@@ -3,13 +3,10 @@
 #
 # Disk: LBA 0 this sector; LBA 1..8 the info page, loaded to 0x20000 (disk.rs writes it):
 #   +0x000 hvm_start_info      +0x040 hvm_modlist_entry
-#   +0x080 u32 entry point     +0x084 u32 "write IA32_FEATURE_CONTROL" flag
-#   +0x088 u32 its value       +0x08c u32 number of application processors
+#   +0x080 u32 entry point
 #   +0x200 command line        +0x800 extents {u32 lba, u32 sectors, u32 destination}, ended by sectors = 0
 # The memory map goes to 0x21000, 24 bytes an entry (hvm_memmap_table_entry).
 	.set	INFO, 0x20000
-	.set	AP, 0x8000		# where application processors start: a page, below 1 MiB
-	.set	ICR, 0xfee00300		# local APIC interrupt command, low half
 
 	.code16
 	.globl	_start
@@ -80,27 +77,7 @@ protected:
 	call	read
 	jmp	4b
 
-# What firmware would do to IA32_FEATURE_CONTROL: on this processor, then on every other.
-5:	cmpl	$0, INFO+0x84
-	jz	7f
-	mov	$ap, %esi
-	mov	$AP, %edi
-	mov	$ap_end-ap, %ecx
-	rep movsb
-	mov	$0x3a, %ecx
-	xor	%edx, %edx
-	mov	INFO+0x88, %eax
-	mov	%eax, AP+ap_value-ap
-	wrmsr
-	cmpl	$0, INFO+0x8c
-	jz	7f
-	movl	$0xc4500, ICR		# INIT to all but self
-	movl	$0xc4600+(AP>>12), ICR	# start-up to all but self
-	mov	INFO+0x8c, %eax
-6:	pause
-	cmp	%al, AP+ap_count-ap
-	jne	6b
-7:	xor	%ebp, %ebp
+5:	xor	%ebp, %ebp
 	mov	$INFO, %ebx
 	jmp	*INFO+0x80
 
@@ -146,22 +123,6 @@ read:	mov	$128, %ecx
 	test	%ebx, %ebx
 	jnz	read
 	ret
-
-# Copied to AP; every application processor starts here in real mode.
-	.code16
-ap:	mov	$0x3a, %ecx
-	xor	%edx, %edx
-	.byte	0x66, 0xb8		# mov imm32, %eax
-ap_value:
-	.long	0
-	wrmsr
-	lock incb %cs:ap_count-ap
-8:	cli
-	hlt
-	jmp	8b
-ap_count:
-	.byte	0
-ap_end:
 
 	.align	8
 gdt:	.quad	0

@@ -39,10 +39,6 @@ pub struct Boot<'a> {
     pub command_line: &'a str,
     /// Bytes of memory of the PC.
     pub memory: u64,
-    /// What the boot sector writes into IA32_FEATURE_CONTROL of every processor, if anything.
-    pub feature_control: Option<u32>,
-    /// Number of processors.
-    pub cpus: u32,
 }
 
 /// One stretch of the disk to load to one place.
@@ -138,9 +134,6 @@ impl Boot<'_> {
         put(0x40, initramfs);
         put(0x48, self.initramfs.len() as u32);
         put(0x80, kernel.entry);
-        put(0x84, u32::from(self.feature_control.is_some()));
-        put(0x88, self.feature_control.unwrap_or(0));
-        put(0x8c, self.cpus.saturating_sub(1));
         for (i, e) in extents.iter().enumerate() {
             let at = EXTENTS + i * 12;
             put(at, e.lba);
@@ -238,8 +231,6 @@ mod tests {
             initramfs: &initramfs,
             command_line: "console=ttyS0",
             memory: 128 << 20,
-            feature_control: Some(1),
-            cpus: 3,
         };
         let path = std::env::temp_dir().join(format!("haxm-disk-{}", std::process::id()));
         let geometry = boot.write(&path).unwrap();
@@ -257,14 +248,6 @@ mod tests {
         let b = Bytes(&info);
         assert_eq!(b.u32(0).unwrap(), 0x336e_c578);
         assert_eq!(b.u32(0x80).unwrap(), 0x10_0004);
-        assert_eq!(
-            [
-                b.u32(0x84).unwrap(),
-                b.u32(0x88).unwrap(),
-                b.u32(0x8c).unwrap()
-            ],
-            [1, 1, 2]
-        );
         let module = b.u64(0x40).unwrap() as usize;
         assert_eq!(module, 96 << 20);
         assert_eq!(b.u64(0x48).unwrap(), 5000);
@@ -282,8 +265,6 @@ mod tests {
             initramfs: &[7; 4096],
             command_line: "",
             memory: 128 << 20,
-            feature_control: None,
-            cpus: 1,
         };
         assert!(good().layout().is_ok());
         assert!(

@@ -25,6 +25,7 @@ pub mod command;
 pub mod cpio;
 pub mod disk;
 pub mod elf;
+pub mod firmware;
 pub mod folder;
 pub mod guest;
 pub mod kernel;

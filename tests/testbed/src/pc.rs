@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use crate::bochs::{Bochs, Build};
 use crate::cpio::Initramfs;
 use crate::disk::{Boot, Geometry};
+use crate::firmware;
 use crate::folder::WorkFolder;
 use crate::guest::Pieces;
 use crate::kernel::{Flavour, Kernel};
@@ -52,7 +53,7 @@ pub struct Pc {
     script: String,
     timeout: Duration,
     append: String,
-    feature_control: Option<u32>,
+    feature_control: u8,
     ignore_bad_msrs: bool,
     report_errors: bool,
     keep: bool,
@@ -77,7 +78,7 @@ impl Pc {
             script: String::new(),
             timeout: Duration::from_secs(120),
             append: String::new(),
-            feature_control: None,
+            feature_control: firmware::LOCKED_ON,
             ignore_bad_msrs: true,
             report_errors: false,
             keep: false,
@@ -158,16 +159,16 @@ impl Pc {
         self
     }
 
-    /// What the firmware writes into IA32_FEATURE_CONTROL (MSR 3AH) of every processor: 1 locks it
-    /// with VMX off, 5 with VMX on, 0 leaves it open (SDM volume 3, 24.7 "Enabling and Entering
-    /// VMX Operation"). By default nothing is written: Linux then locks it with VMX on. A processor
-    /// model without VMX has no such MSR and does not boot with this.
-    pub fn feature_control(mut self, value: u32) -> Self {
-        self.feature_control = Some(value);
+    /// What the firmware leaves in IA32_FEATURE_CONTROL (MSR 3AH) of every processor that has VMX:
+    /// 1 is locked with VMX off, 5 (what this BIOS does by default) locked with VMX on, 0 open; Linux
+    /// then locks it with VMX on (SDM volume 3, "Enabling and Entering VMX Operation").
+    pub fn feature_control(mut self, value: u8) -> Self {
+        self.feature_control = value;
         self
     }
 
-    /// Whether unknown MSRs read as 0 (the default) or raise #GP as on a real processor.
+    /// Whether MSRs the emulator does not know read as 0 (the default) or raise #GP as on a real
+    /// processor. Linux does not boot with the latter: it reads MSR 1A0H before it can take a fault.
     pub fn ignore_bad_msrs(mut self, ignore: bool) -> Self {
         self.ignore_bad_msrs = ignore;
         self
@@ -209,6 +210,8 @@ impl Pc {
         let kernel = Kernel::ensure(&work, self.flavour)?;
         let run = RunFolder::new(&work)?;
         let geometry = self.write_disk(&run.path.join("disk.img"), &work, &pieces, &kernel)?;
+        let bios = firmware::with_feature_control(&fs::read(&bochs.bios)?, self.feature_control)?;
+        fs::write(run.path.join("bios.rom"), bios)?;
         let config = self.config(&bochs, &pieces, geometry);
         fs::write(run.path.join("bochsrc"), config)?;
         self.emulate(run, &bochs, &pieces, serial)
@@ -255,8 +258,6 @@ impl Pc {
             initramfs: &files.archive()?,
             command_line: &format!("{COMMAND_LINE}{}", self.append),
             memory: u64::from(self.memory_mb) << 20,
-            feature_control: self.feature_control,
-            cpus: self.cpus,
         }
         .write(path)
     }
@@ -282,15 +283,15 @@ impl Pc {
             "ignore"
         };
         let (cpu, cpus, memory) = (&self.cpu, self.cpus, self.memory_mb);
-        let (bios, rom) = (bochs.bios.display(), pieces.vga_rom());
-        let (rom, cylinders) = (rom.display(), geometry.cylinders);
+        let (rom, cylinders) = (pieces.vga_rom(), geometry.cylinders);
+        let rom = rom.display();
         format!(
             "config_interface: textconfig\n\
              display_library: {display}\n\
              cpu: model={cpu}, count={cpus}, ips={INSTRUCTIONS_PER_SECOND}, \
              reset_on_triple_fault=0, ignore_bad_msrs={bad_msrs}{exclude}\n\
              memory: guest={memory}, host={memory}\n\
-             romimage: file={bios}\n\
+             romimage: file=bios.rom\n\
              vgaromimage: file={rom}\n\
              vga: extension=none, realtime=0, update_freq=1\n\
              ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14\n\
