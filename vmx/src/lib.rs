@@ -39,6 +39,7 @@ pub mod emulate;
 pub mod error;
 pub mod fallible;
 pub mod host;
+pub mod memory;
 pub mod sync;
 
 pub use error::Error;

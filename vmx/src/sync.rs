@@ -28,6 +28,9 @@ pub enum LockClass {
     Vcpu,
     /// Writers of a VM's memory map (sleeping).
     MemoryMap,
+    /// A copy to or from guest memory in flight, one of several per VM
+    /// (sleeping).
+    GuestCopy,
     /// A VM's memory map and EPT as the exit path sees them (spinning).
     Ept,
 }
