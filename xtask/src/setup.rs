@@ -48,6 +48,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
         bochs.build
     );
     for kernel in kernels? {
+        kernel.ensure_build_packages()?;
         println!(
             "kernel       {} (headers {})",
             kernel.release,

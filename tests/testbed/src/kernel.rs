@@ -49,6 +49,8 @@ impl Flavour {
 }
 
 const SUFFIX: &str = "-cloud-amd64";
+/// The file in a kernel's folder that lists [`Kernel::build_packages`].
+const BUILD_PACKAGES: &str = "build-packages";
 
 /// A kernel in the work folder.
 #[derive(Clone, Debug)]
@@ -63,6 +65,8 @@ pub struct Kernel {
     pub headers_dir: PathBuf,
     /// The compiler Debian built it with, for modules: `gcc-12`.
     pub compiler: String,
+    /// The Debian packages that building a module needs installed.
+    pub build_packages: Vec<String>,
 }
 
 impl Kernel {
@@ -112,13 +116,26 @@ impl Kernel {
             .find_map(|l| l.strip_prefix("CONFIG_CC_VERSION_TEXT=\""))
             .and_then(|l| l.split(' ').next())
             .unwrap_or("gcc");
+        let build_packages = fs::read_to_string(dir.join(BUILD_PACKAGES))
+            .with_context(|| format!("{} is damaged: remove it", dir.display()))?;
         Ok(Self {
             release: release.to_owned(),
             vmlinux: dir.join("vmlinux"),
             modules_dir: dir.join("lib/modules").join(release),
             headers_dir,
             compiler: compiler.to_owned(),
+            build_packages: build_packages.lines().map(str::to_owned).collect(),
         })
+    }
+
+    /// Installs what building a module against `headers_dir` needs: the compiler, make, and the
+    /// libraries and programs of the headers' own tools.
+    ///
+    /// # Errors
+    /// See [`packages::ensure_packages`].
+    pub fn ensure_build_packages(&self) -> Result<()> {
+        let names: Vec<&str> = self.build_packages.iter().map(String::as_str).collect();
+        packages::ensure_packages(&names)
     }
 
     /// The modules to insert for `name`, in the order of insertion, `name` last: each with its name
@@ -282,6 +299,10 @@ fn install(work: &WorkFolder, release: &str) -> Result<PathBuf> {
         });
         let files = packages::fetch(work, &wanted)?;
         packages::unpack(&files, dir)?;
+        fs::write(
+            dir.join(BUILD_PACKAGES),
+            build_packages(&headers)?.join("\n"),
+        )?;
         relocate_headers(&dir.join("usr/src").join(&headers))?;
         let image = fs::read(dir.join("boot").join(format!("vmlinuz-{release}")))?;
         fs::write(dir.join("vmlinux"), bzimage::vmlinux(&image)?)?;
@@ -291,6 +312,22 @@ fn install(work: &WorkFolder, release: &str) -> Result<PathBuf> {
         }
         Ok(())
     })
+}
+
+/// What the dependencies of the headers and of their tools come to, without the headers themselves.
+fn build_packages(headers: &str) -> Result<Vec<String>> {
+    let mut all = BTreeSet::from(["make".to_owned()]);
+    for name in packages::dependencies(headers)? {
+        if name.starts_with("linux-kbuild-") {
+            all.extend(packages::dependencies(&name)?);
+        } else if let Some(compiler) = name.strip_prefix("linux-compiler-") {
+            // linux-compiler-gcc-12-x86 is an empty package that wants gcc-12.
+            all.insert(compiler.trim_end_matches("-x86").to_owned());
+        } else if name.starts_with("gcc-") {
+            all.insert(name);
+        }
+    }
+    Ok(all.into_iter().collect())
 }
 
 /// Debian's headers include their common part by its place after installation: make it relative.
