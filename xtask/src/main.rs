@@ -4,6 +4,7 @@
 //! name and returns the exit code of the process; an error is printed with its causes and is exit code 1.
 
 mod abi;
+mod module;
 mod setup;
 mod testbed;
 
@@ -25,6 +26,11 @@ const COMMANDS: &[Command] = &[
         name: "abi",
         about: "[--json]  print request numbers, structures and constants",
         run: abi::run,
+    },
+    Command {
+        name: "module",
+        about: "[--kernel 6.1|6.12|DIR]  build haxm.ko",
+        run: module::run,
     },
     Command {
         name: "setup",
