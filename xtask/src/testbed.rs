@@ -20,8 +20,7 @@ Boots the emulated VT-x PC and runs a shell script in it; its exit code becomes 
   --feature-control N     what the firmware leaves in MSR 3AH (1: VT-x locked off)
   --report                emulator's own complaints in bochs.log; keeps the run's folder
   --keep                  keep the run's folder
-  --timeout SECONDS       (120)
-  --models                boot every processor model the tests use and compare what it offers";
+  --timeout SECONDS       (120)";
 
 /// Prints what the processor offers and loads Debian's KVM, which checks it far better than we would.
 const SELF_TEST: &str = "
@@ -30,26 +29,6 @@ grep -m1 'model name' /proc/cpuinfo
 grep -m1 'vmx flags' /proc/cpuinfo || { echo 'no VMX'; exit 1; }
 for p in ept vpid unrestricted_guest; do echo \"$p $(cat /sys/module/kvm_intel/parameters/$p)\"; done
 test -c /dev/kvm
-";
-
-/// Models the tests use, and whether they have VMX, EPT and unrestricted guest.
-const MODELS: &[(&str, &str)] = &[
-    ("p4_prescott_celeron_336", "no VMX"),
-    ("core2_penryn_t9600", "VMX, no EPT"),
-    ("corei5_lynnfield_750", "VMX, EPT, no UG"),
-    ("corei7_sandy_bridge_2600k", "VMX, EPT, UG"),
-    ("corei7_haswell_4770", "VMX, EPT, UG"),
-    ("corei7_skylake_x", "VMX, EPT, UG"),
-];
-
-/// One word per line of MODELS, from what the kernel and its KVM say.
-const MODEL_TEST: &str = "
-grep -q -w vmx /proc/cpuinfo || { echo '=no VMX'; exit 0; }
-insmod /lib/modules/kvm-intel.ko ept=1 unrestricted_guest=1 || exit 1
-y() { test \"$(cat /sys/module/kvm_intel/parameters/$1)\" = Y; }
-y ept && e='EPT' || e='no EPT'
-test \"$e\" = 'no EPT' && { echo '=VMX, no EPT'; exit 0; }
-y unrestricted_guest && echo '=VMX, EPT, UG' || echo '=VMX, EPT, no UG'
 ";
 
 pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
@@ -86,7 +65,6 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
             "--report" => pc.report_errors(),
             "--keep" => pc.keep(),
             "--timeout" => pc.timeout(Duration::from_secs(value()?.parse()?)),
-            "--models" => return models(),
             _ if !arg.starts_with('-') && script.is_none() => {
                 script = Some(arg.clone());
                 pc
@@ -111,31 +89,4 @@ fn exit_code(outcome: &Outcome) -> ExitCode {
         0 if !outcome.success() => ExitCode::from(testbed::outcome::NO_VERDICT),
         code => ExitCode::from(code),
     }
-}
-
-fn models() -> Result<ExitCode> {
-    let mut good = true;
-    for (model, expected) in MODELS {
-        let pc = Pc::new()
-            .cpu(model)
-            .module_file("kvm-intel")
-            .script(MODEL_TEST);
-        let outcome = pc.run(&mut io::sink())?;
-        let found = outcome
-            .serial
-            .lines()
-            .find_map(|l| l.strip_prefix('='))
-            .unwrap_or("?");
-        let right = outcome.success() && found == *expected;
-        good &= right;
-        println!(
-            "{:<6} {model:<28} {found:<18} {outcome}",
-            if right { "ok" } else { "WRONG" }
-        );
-    }
-    Ok(if good {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
 }

@@ -7,7 +7,7 @@
 //! ```no_run
 //! use std::time::Duration;
 //! let outcome = testbed::Pc::new()
-//!     .cpu("corei7_haswell_4770")
+//!     .cpu(testbed::cpu::HASWELL)
 //!     .memory_mb(512)
 //!     .file("/haxm.ko", "target/module/haxm.ko")
 //!     .script("insmod /haxm.ko && test -c /dev/HAX")
@@ -21,8 +21,10 @@
 
 pub mod bochs;
 pub mod bzimage;
+pub mod client;
 pub mod command;
 pub mod cpio;
+pub mod cpu;
 pub mod disk;
 pub mod elf;
 pub mod firmware;
@@ -37,4 +39,4 @@ pub use folder::WorkFolder;
 pub use kernel::{Flavour, Kernel};
 pub use outcome::{Cause, Outcome};
 pub use packages::ensure_packages;
-pub use pc::{DEFAULT_CPU, Pc};
+pub use pc::Pc;

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::bochs::{Bochs, Build};
 use crate::cpio::Initramfs;
+use crate::cpu;
 use crate::disk::{Boot, Geometry};
 use crate::firmware;
 use crate::folder::WorkFolder;
@@ -18,10 +19,6 @@ use crate::guest::Pieces;
 use crate::kernel::{Flavour, Kernel};
 use crate::outcome::{self, Cause, Outcome};
 use crate::packages;
-
-/// The processor unless another is asked for: EPT with accessed and dirty flags, VPID, unrestricted
-/// guest, and a time-stamp counter that the kernel measures instead of believing CPUID.
-pub const DEFAULT_CPU: &str = "corei7_haswell_4770";
 
 /// Emulated instructions per emulated second: fewer make timer interrupts dearer, more make delays.
 const INSTRUCTIONS_PER_SECOND: u32 = 50_000_000;
@@ -69,7 +66,7 @@ impl Pc {
     /// One Haswell processor, 256 MiB, Debian's 6.1 kernel, busybox, two minutes.
     pub fn new() -> Self {
         Self {
-            cpu: DEFAULT_CPU.to_owned(),
+            cpu: cpu::HASWELL.to_owned(),
             cpus: 1,
             memory_mb: 256,
             flavour: Flavour::default(),
@@ -85,7 +82,7 @@ impl Pc {
         }
     }
 
-    /// The processor model, one of `bochs --help cpu`.
+    /// The processor model, one of [`cpu`] or of `bochs --help cpu`.
     pub fn cpu(mut self, model: &str) -> Self {
         model.clone_into(&mut self.cpu);
         self

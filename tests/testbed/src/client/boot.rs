@@ -106,7 +106,11 @@ impl Boot {
             // Time-stamp counts per tick of 10 ms. Otherwise each processor measures for 0.1 s.
             words.push(format!("lpj={}", u64::from(khz) * 10));
         }
-        let print = if self.verbose { "earlyprintk=serial" } else { "quiet" };
+        let print = if self.verbose {
+            "earlyprintk=serial"
+        } else {
+            "quiet"
+        };
         words.push(print.to_owned());
         words.join(" ")
     }
@@ -126,7 +130,10 @@ impl Boot {
         put("-M", self.machine.name().to_owned());
         put("-m", self.memory_mb.to_string());
         // One package each: SeaBIOS lists in the MP table the first processor of a package only.
-        put("-smp", format!("{0},sockets={0},cores=1,threads=1", self.cpus));
+        put(
+            "-smp",
+            format!("{0},sockets={0},cores=1,threads=1", self.cpus),
+        );
         put("-display", "none".to_owned());
         put("-vga", "none".to_owned());
         put("-serial", "stdio".to_owned());
@@ -152,7 +159,11 @@ impl Boot {
 /// A word of a shell command, quoted if it must be. There are no quotes in ours.
 fn quote(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_/.,=".contains(c);
-    if word.chars().all(plain) { word.to_owned() } else { format!("'{word}'") }
+    if word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{word}'")
+    }
 }
 
 /// What the guest says about itself.
@@ -197,16 +208,28 @@ mod tests {
 
     #[test]
     fn the_command_names_machine_processors_and_firmware() {
-        let boot = Boot { cpus: 2, ..Boot::new(Machine::Pc) };
+        let boot = Boot {
+            cpus: 2,
+            ..Boot::new(Machine::Pc)
+        };
         let line = boot.shell_line();
-        assert!(line.starts_with("/client/qemu -accel hax -M pc -m 64 -smp 2,sockets=2,"), "{line}");
-        assert!(line.contains(" -bios /client/firmware/bios-256k.bin -L /client/firmware "), "{line}");
+        assert!(
+            line.starts_with("/client/qemu -accel hax -M pc -m 64 -smp 2,sockets=2,"),
+            "{line}"
+        );
+        assert!(
+            line.contains(" -bios /client/firmware/bios-256k.bin -L /client/firmware "),
+            "{line}"
+        );
         let append = "'console=ttyS0 reboot=t panic=-1 no_timer_check tsc=reliable guest_cpus=2 \
                       tsc_early_khz=50000 lpj=500000 quiet'";
         assert!(line.contains(append), "{line}");
         assert!(line.ends_with(" -no-reboot </dev/null"), "{line}");
         let line = Boot::new(Machine::Microvm).shell_line();
-        assert!(line.contains(" -M microvm ") && line.contains("/qboot.rom "), "{line}");
+        assert!(
+            line.contains(" -M microvm ") && line.contains("/qboot.rom "),
+            "{line}"
+        );
     }
 
     #[test]
@@ -219,7 +242,10 @@ mod tests {
 
     #[test]
     fn verdicts_are_read() {
-        assert_eq!(verdict("guest: sums\r\nGUEST: PASS\r\n"), Some(Verdict::Pass));
+        assert_eq!(
+            verdict("guest: sums\r\nGUEST: PASS\r\n"),
+            Some(Verdict::Pass)
+        );
         assert_eq!(
             verdict("GUEST: FAIL sleep: interrupted\nGUEST: PASS\n"),
             Some(Verdict::Fail("sleep: interrupted".to_owned()))

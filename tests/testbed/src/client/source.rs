@@ -41,43 +41,54 @@ pub(super) fn unpack(name: &str, scratch: &Path, into: &Path) -> Result<()> {
 /// the options that make apt use it. No name of a mirror is written down anywhere else.
 fn apt_with_sources(scratch: &Path) -> Result<Vec<String>> {
     let parts = scratch.join("sources.d");
-    for dir in [&parts, &scratch.join("lists/partial"), &scratch.join("cache/archives/partial")] {
+    for dir in [
+        &parts,
+        &scratch.join("lists/partial"),
+        &scratch.join("cache/archives/partial"),
+    ] {
         fs::create_dir_all(dir)?;
     }
     let mut found = false;
     for path in apt_files() {
-        let text = fs::read_to_string(&path)
-            .with_context(|| format!("cannot read {}", path.display()))?;
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let one_line = path.extension().is_some_and(|e| e == "list");
-        let text = if one_line { from_lines(&text) } else { from_stanzas(&text) };
+        let text = if one_line {
+            from_lines(&text)
+        } else {
+            from_stanzas(&text)
+        };
         found |= !text.is_empty();
         let name = path.file_name().context("a file without a name")?;
         fs::write(parts.join(name), text)?;
     }
     ensure!(found, "{APT} names no Debian archive to fetch sources from");
-    let scratch = scratch.to_str().context("the work folder's name is not UTF-8")?;
+    let scratch = scratch
+        .to_str()
+        .context("the work folder's name is not UTF-8")?;
     let mut options = Vec::new();
     for option in [
         format!("Dir::Etc::SourceParts={scratch}/sources.d"),
         "Dir::Etc::SourceList=/dev/null".to_owned(),
         format!("Dir::State::Lists={scratch}/lists"),
         format!("Dir::Cache={scratch}/cache"),
-        // As root it would otherwise want the folder to be readable by its own user.
-        format!("APT::Sandbox::User={}", user()),
+        // Run by root it would otherwise fetch as a user who may not write here.
+        "APT::Sandbox::User=root".to_owned(),
     ] {
         options.extend(["-o".to_owned(), option]);
     }
     Ok(options)
 }
 
-fn user() -> String {
-    if rustix::process::geteuid().is_root() { "root".to_owned() } else { String::new() }
-}
-
 fn apt_files() -> Vec<PathBuf> {
     let mut files = vec![Path::new(APT).join("sources.list")];
     let parts = fs::read_dir(Path::new(APT).join("sources.list.d"));
-    files.extend(parts.into_iter().flatten().filter_map(|e| Some(e.ok()?.path())));
+    files.extend(
+        parts
+            .into_iter()
+            .flatten()
+            .filter_map(|e| Some(e.ok()?.path())),
+    );
     files.retain(|p| p.is_file() && p.extension().is_some_and(|e| e == "list" || e == "sources"));
     files.sort();
     files
@@ -109,8 +120,12 @@ fn from_stanzas(text: &str) -> String {
     let text: Vec<&str> = text.lines().filter(|l| !l.starts_with('#')).collect();
     for stanza in text.split(|l| l.trim().is_empty()) {
         let field = |name: &str| {
-            let line = stanza.iter().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'));
-            line.unwrap_or_default().split_whitespace().collect::<Vec<_>>()
+            let line = stanza
+                .iter()
+                .find_map(|l| l.strip_prefix(name)?.strip_prefix(':'));
+            line.unwrap_or_default()
+                .split_whitespace()
+                .collect::<Vec<_>>()
         };
         if field("Types").is_empty() || !is_debian(&field("Components")) {
             continue;
@@ -145,7 +160,12 @@ pub(super) fn unpack_part(
     fs::create_dir_all(into)?;
     let mut tar = Command::new("tar");
     // Debian's tarballs are compressed in blocks: two threads halve the time.
-    tar.args(["--use-compress-program", "xz -T2", "--strip-components=1", "--wildcards"]);
+    tar.args([
+        "--use-compress-program",
+        "xz -T2",
+        "--strip-components=1",
+        "--wildcards",
+    ]);
     tar.arg("-xf").arg(path).arg("-C").arg(into).args(patterns);
     command::output(&mut tar).map(drop)
 }

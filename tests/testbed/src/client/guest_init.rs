@@ -1,0 +1,64 @@
+//! The guest's initramfs: one static program, `guest/linux/init.c`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::command;
+use crate::cpio::Initramfs;
+use crate::folder::{WorkFolder, key, progress};
+use crate::packages;
+
+/// Packages to be installed to build it.
+pub const NEEDED: &[&str] = &["gcc", "libc6-dev"];
+
+const INIT: &str = include_str!("../../guest/linux/init.c");
+
+/// No fused or reordered arithmetic: the program compares results to the bit.
+const FLAGS: &[&str] = &[
+    "-std=gnu11",
+    "-O2",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-static",
+    "-no-pie",
+    "-s",
+    "-Wl,--build-id=none",
+];
+
+/// Builds it, once per version of its source.
+///
+/// # Errors
+/// There is no compiler and it cannot be installed, or it fails.
+pub fn ensure(work: &WorkFolder) -> Result<PathBuf> {
+    let mut recipe = FLAGS.to_vec();
+    recipe.extend([INIT, "1"]);
+    let folder = work.once(&format!("guest-init-{}", key(&recipe)), |dir| {
+        packages::ensure_packages(NEEDED)?;
+        progress("building the guest's /init");
+        compile(dir).context("the guest's /init could not be built")?;
+        let mut files = Initramfs::new();
+        // The kernel gives /init a console from this node.
+        files
+            .char_device("/dev/console", 5, 1)
+            .host_file("/init", dir.join("init"));
+        fs::write(dir.join("initramfs"), files.archive()?)?;
+        Ok(())
+    })?;
+    Ok(folder.join("initramfs"))
+}
+
+fn compile(dir: &Path) -> Result<()> {
+    let source = dir.join("init.c");
+    fs::write(&source, INIT)?;
+    let mut gcc = Command::new("gcc");
+    gcc.args(FLAGS)
+        .arg("-o")
+        .arg(dir.join("init"))
+        .arg(&source)
+        .arg("-lm");
+    command::output(&mut gcc).map(drop)
+}
