@@ -101,6 +101,12 @@ fn operand(
     let sized = |width| address.map(|mem| mem_sized(mem, bytes(width)));
     let reg_field = sizes.modrm.reg() | head.reg_high;
     let rm_field = sizes.modrm.rm() | head.base_high;
+    // Outside 64-bit mode there are eight registers and the highest bit of the
+    // field means nothing (SDM 2A 2.3.5.6).
+    let v_field = match sizes.mode {
+        Mode::Bits64 => head.vvvv,
+        _ => head.vvvv & 7,
+    };
     Ok(match arg {
         Arg::None => Operand::None,
         Arg::Rm(width) => sized(width).unwrap_or_else(|| gpr(rm_field, bytes(width), head)),
@@ -109,7 +115,7 @@ fn operand(
         }
         Arg::Mem(width) => sized(width).ok_or(DecodeError::Unsupported)?,
         Arg::Reg(width) => gpr(reg_field, bytes(width), head),
-        Arg::Vreg(width) => gpr(head.vvvv, bytes(width), head),
+        Arg::Vreg(width) => gpr(v_field, bytes(width), head),
         Arg::OpReg(width) => gpr(head.opcode & 7 | head.base_high, bytes(width), head),
         Arg::Implied(reg, width) => Operand::Reg {
             reg,
@@ -127,7 +133,7 @@ fn operand(
             size: bytes(width),
         },
         Arg::VecVreg(width) => Operand::Vector {
-            index: head.vvvv,
+            index: v_field,
             size: bytes(width),
         },
         Arg::ImmSigned => Operand::Imm(cursor.signed(1)?),

@@ -255,10 +255,7 @@ fn one(opcode: u8, modrm: ModRm, mode: Mode) -> Option<Form> {
         0x58..=0x5f => form(Op::Pop, &[Arg::OpReg(Width::Stack)]),
         0x60 if !long => form(Op::Pusha, &[]),
         0x61 if !long => form(Op::Popa, &[]),
-        0x63 if long => form(
-            Op::Movsx,
-            &[REG_V, Arg::RmSplit(Width::Dword, Width::Dword)],
-        ),
+        0x63 if long => form(Op::Movsx, &[REG_V, Arg::Rm(Width::Opsize32)]),
         0x68 => form(Op::Push, &[Arg::ImmStack]),
         0x69 => form(Op::Imul, &[REG_V, RM_V, Arg::Imm]),
         0x6a => form(Op::Push, &[Arg::ImmSigned]),

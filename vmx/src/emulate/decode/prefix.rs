@@ -164,7 +164,6 @@ fn parse_vex(
             0
         }
     };
-    let vvvv = !(last_payload >> 3) & 15;
     Ok(Head {
         prefixes,
         map,
@@ -179,8 +178,7 @@ fn parse_vex(
         reg_high: high(0x80),
         index_high: high(0x40),
         base_high: high(0x20),
-        // Outside 64-bit mode there are eight registers (SDM 2A 2.3.5.6).
-        vvvv: if long { vvvv } else { vvvv & 7 },
+        vvvv: !(last_payload >> 3) & 15,
         vex_256: last_payload & 4 != 0,
     })
 }
