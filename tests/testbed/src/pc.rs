@@ -267,6 +267,8 @@ impl Pc {
         } else {
             "rfb, options=\"timeout=0\""
         };
+        // Debian's 2.7 has a sound thread that dies where there is no sound card.
+        let sound = if own { "" } else { "sound: driver=dummy\n" };
         // Debian's 2.7 does not know this option; the kernel's command line hides them from the kernel.
         let exclude = if own {
             ", exclude_features=\"rdrand, rdseed\""
@@ -283,7 +285,7 @@ impl Pc {
         let (rom, cylinders) = (pieces.vga_rom(), geometry.cylinders);
         let rom = rom.display();
         format!(
-            "config_interface: textconfig\n\
+            "config_interface: textconfig\n{sound}\
              display_library: {display}\n\
              cpu: model={cpu}, count={cpus}, ips={INSTRUCTIONS_PER_SECOND}, \
              reset_on_triple_fault=0, ignore_bad_msrs={bad_msrs}{exclude}\n\
@@ -369,10 +371,14 @@ impl Pc {
             // Faults in the configuration are printed before there is a log.
             Cause::NotStarted(reason) => {
                 let out = text("bochs.out");
-                let printed = out
-                    .lines()
-                    .rev()
-                    .find(|l| l.contains("PANIC") || l.contains("error"));
+                let lines = || {
+                    out.lines()
+                        .rev()
+                        .filter(|l| l.contains(char::is_alphanumeric))
+                };
+                let printed = lines()
+                    .find(|l| l.contains("PANIC"))
+                    .or_else(|| lines().next());
                 Cause::NotStarted(printed.unwrap_or(&reason).trim().to_owned())
             }
             cause => cause,
