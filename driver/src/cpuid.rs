@@ -48,7 +48,7 @@ pub(crate) fn get<V: CoreVcpu, A: Argument>(vcpu: &V, table: &mut A) -> Result<(
         table.write(0, answer.as_bytes())?;
         return Err(Failure::CpuidRoom);
     }
-    table.check_room(table_size(count))?;
+    // The end first: if it does not fit, nothing is written.
     table.write(CPUID_ENTRIES_OFFSET, filled.as_bytes())?;
     table.write(0, answer.as_bytes())
 }

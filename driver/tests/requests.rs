@@ -252,6 +252,7 @@ fn capability_says_what_works_or_why_not() {
             let client = Client::new(os);
             client.world.state().capability = capability;
             let handles = vec![client.open(Node::System), client.open(Node::System)];
+            client.devices.close(client.open(Node::System));
             let answer = client.call(&handles[0], Request::Capability, &[0xee; 16]);
             assert_eq!(answer.code, 0);
             let expected = CapabilityInfo {
