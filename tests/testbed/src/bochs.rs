@@ -90,38 +90,59 @@ impl Bochs {
 fn own(work: &WorkFolder) -> Result<Bochs> {
     let mut recipe = CONFIGURE.to_vec();
     recipe.extend([TARBALL, SHA256, "1"]);
-    let folder = work.once(&format!("bochs-3.0-{}", key(&recipe)), |dir| {
-        let tarball = work.path(TARBALL);
-        if !tarball.exists() {
-            packages::fetch_from_pool("bochsbios", TARBALL, SHA256, &tarball)?;
+    let name = format!("bochs-3.0-{}", key(&recipe));
+    let folder = work.once(&name, |dir| {
+        // Kept when interrupted, so that make goes on where it was.
+        let source = work.path(&format!("{name}.source"));
+        if !source.exists() {
+            unpack_and_configure(work, &source)?;
         }
-        let source = dir.join("source");
-        fs::create_dir(&source)?;
-        let mut tar = Command::new("tar");
-        tar.arg("xJf")
-            .arg(&tarball)
-            .arg("--strip-components=1")
-            .arg("-C")
-            .arg(&source);
-        command::output(&mut tar)?;
         progress("building Bochs 3.0 (about 2 minutes on 2 cores)");
-        let mut configure = Command::new("./configure");
-        configure.args(CONFIGURE).current_dir(&source);
-        command::logged(&mut configure, &work.path("bochs-configure.log"))?;
+        let jobs = std::thread::available_parallelism().map_or(2, usize::from);
         let mut make = Command::new("make");
-        make.arg("-j2").current_dir(&source);
+        make.arg(format!("-j{jobs}")).current_dir(&source);
         // A surrounding make or cargo must not hand its job server down.
         make.env_remove("MAKEFLAGS").env_remove("CARGO_MAKEFLAGS");
-        command::logged(&mut make, &work.path("bochs-make.log"))?;
+        let made = command::logged(&mut make, &work.path("bochs-make.log"));
+        if made.is_err() {
+            // Perhaps an object file was cut short: the next attempt starts anew.
+            fs::remove_dir_all(&source)?;
+        }
+        made?;
         fs::rename(source.join("bochs"), dir.join("bochs"))?;
-        fs::remove_dir_all(&source)?;
-        packages::unpack(&packages::fetch(work, &["bochsbios"])?, dir)
+        packages::unpack(&packages::fetch(work, &["bochsbios"])?, dir)?;
+        Ok(fs::remove_dir_all(&source)?)
     })?;
     Ok(Bochs {
         build: Build::Own,
         program: folder.join("bochs"),
         bios: bios(&folder)?,
     })
+}
+
+/// Makes the folder `source`, ready for make.
+fn unpack_and_configure(work: &WorkFolder, source: &Path) -> Result<()> {
+    let tarball = work.path(TARBALL);
+    if !tarball.exists() {
+        progress("fetching the source of Bochs 3.0 (4 MB)");
+        packages::fetch_from_pool("bochsbios", TARBALL, SHA256, &tarball)?;
+    }
+    let part = source.with_extension("source.part");
+    if part.exists() {
+        fs::remove_dir_all(&part)?;
+    }
+    fs::create_dir(&part)?;
+    let mut tar = Command::new("tar");
+    tar.arg("xJf")
+        .arg(&tarball)
+        .arg("--strip-components=1")
+        .arg("-C")
+        .arg(&part);
+    command::output(&mut tar)?;
+    let mut configure = Command::new("./configure");
+    configure.args(CONFIGURE).current_dir(&part);
+    command::logged(&mut configure, &work.path("bochs-configure.log"))?;
+    Ok(fs::rename(&part, source)?)
 }
 
 fn debian(work: &WorkFolder) -> Result<Bochs> {

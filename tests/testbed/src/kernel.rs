@@ -139,8 +139,8 @@ impl Kernel {
     }
 
     /// The modules to insert for `name`, in the order of insertion, `name` last: each with its name
-    /// and its file, unpacked and without local symbols. (Insertion looks every traced function up
-    /// in the module's symbols, one by one: with all of them KVM takes four times as long.)
+    /// and its file, unpacked and without local symbols and type information. (Insertion looks every
+    /// traced function up in the module's symbols, one by one, and checks every type.)
     ///
     /// # Errors
     /// The kernel has no such module.
@@ -155,7 +155,7 @@ impl Kernel {
     /// A module's file in the work folder, ready to insert.
     fn ready_module(&self, work: &WorkFolder, name: &str, packed: &Path) -> Result<PathBuf> {
         let file = format!("{name}.ko");
-        let folder = work.once(&format!("module-{}-{name}", self.release), |dir| {
+        let folder = work.once(&format!("module-{}-{name}-1", self.release), |dir| {
             let bytes = fs::read(packed)?;
             let bytes = match Packing::of(&bytes) {
                 Some(packing) => packing.unpack(&bytes)?,
@@ -163,7 +163,11 @@ impl Kernel {
             };
             let path = dir.join(&file);
             fs::write(&path, bytes)?;
-            command::output(Command::new("strip").arg("--strip-unneeded").arg(&path)).map(drop)
+            let mut strip = Command::new("strip");
+            strip
+                .args(["--strip-unneeded", "--remove-section=.BTF"])
+                .arg(&path);
+            command::output(&mut strip).map(drop)
         })?;
         Ok(folder.join(&file))
     }
