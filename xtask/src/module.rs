@@ -182,11 +182,14 @@ impl Headers {
     fn find(target: &str) -> Result<Self> {
         if let Ok(flavour) = Flavour::from_series(target) {
             let kernel = Kernel::ensure(&WorkFolder::open()?, flavour)?;
-            packages::ensure_packages(&[&kernel.compiler])?;
+            // Some configurations name it with its target in front; the package has the plain name.
+            let full = kernel.compiler.as_str();
+            let plain = full.strip_prefix("x86_64-linux-gnu-").unwrap_or(full);
+            packages::ensure_packages(&[plain])?;
             return Ok(Self {
                 name: target.to_owned(),
                 dir: kernel.headers_dir,
-                compiler: Some(kernel.compiler),
+                compiler: Some(plain.to_owned()),
             });
         }
         let dir = PathBuf::from(target).canonicalize().with_context(|| {

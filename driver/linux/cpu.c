@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only
+/* Processors: this one, others, and their coming and going. */
+
+#include <linux/cpu.h>
+#include <linux/cpuhotplug.h>
+#include <linux/ktime.h>
+#include <linux/reboot.h>
+#include <linux/sched.h>
+#include <linux/sched/signal.h>
+#include <linux/smp.h>
+#include <linux/syscore_ops.h>
+#include <trace/events/ipi.h>
+#include <asm/desc.h>
+#include <asm/fpu/api.h>
+#include <asm/processor-flags.h>
+#include <asm/tlbflush.h>
+
+#include "haxm.h"
+
+u32 haxm_os_cpu_limit(void)
+{
+	return nr_cpu_ids;
+}
+
+u32 haxm_os_cpu_current(void)
+{
+	return raw_smp_processor_id();
+}
+
+void haxm_os_preempt_off(void)
+{
+	preempt_disable();
+}
+
+void haxm_os_preempt_on(void)
+{
+	preempt_enable();
+}
+
+size_t haxm_os_irq_save(void)
+{
+	unsigned long flags;
+
+	local_irq_save(flags);
+	return flags;
+}
+
+void haxm_os_irq_restore(size_t saved)
+{
+	local_irq_restore(saved);
+}
+
+int haxm_os_run_on(u32 cpu, void *call)
+{
+	return smp_call_function_single(cpu, haxm_core_call, call, 1);
+}
+
+void haxm_os_run_on_all(void *call)
+{
+	on_each_cpu(haxm_core_call, call, 1);
+}
+
+/* Any interrupt makes a guest exit; this one the kernel sends itself anyway. */
+void haxm_os_kick(u32 cpu)
+{
+	preempt_disable();
+	if (cpu < nr_cpu_ids && cpu != smp_processor_id() && cpu_online(cpu))
+		smp_send_reschedule(cpu);
+	preempt_enable();
+}
+
+void haxm_os_set_vmxe(u32 on)
+{
+	if (on)
+		cr4_set_bits(X86_CR4_VMXE);
+	else
+		cr4_clear_bits(X86_CR4_VMXE);
+}
+
+/* An exit sets TR's limit to 67h, which leaves out the I/O permission bitmap. */
+void haxm_os_guest_left(void)
+{
+#ifdef CONFIG_X86_IOPL_IOPERM
+	invalidate_tss_limit();
+#endif
+}
+
+u32 haxm_os_event_pending(void)
+{
+	return signal_pending(current) || need_resched() ||
+	       test_thread_flag(TIF_NOTIFY_RESUME);
+}
+
+void haxm_os_fpu_begin(void)
+{
+	kernel_fpu_begin();
+}
+
+void haxm_os_fpu_end(void)
+{
+	kernel_fpu_end();
+}
+
+u64 haxm_os_monotonic_ns(void)
+{
+	return ktime_get_ns();
+}
+
+static int haxm_cpu_online(unsigned int cpu)
+{
+	haxm_core_cpu_online(cpu);
+	return 0;
+}
+
+static int haxm_cpu_offline(unsigned int cpu)
+{
+	haxm_core_cpu_offline(cpu);
+	return 0;
+}
+
+/*
+ * Suspend takes all processors but one offline, by the calls above; these are
+ * for the last one.
+ */
+#ifdef HAXM_SYSCORE_DATA
+static int haxm_suspend(void *data)
+{
+	haxm_core_suspend();
+	return 0;
+}
+
+static void haxm_resume(void *data)
+{
+	haxm_core_resume();
+}
+
+static const struct syscore_ops haxm_sleep_ops = {
+	.suspend = haxm_suspend,
+	.resume = haxm_resume,
+};
+
+static struct syscore haxm_sleep = { .ops = &haxm_sleep_ops };
+
+#define haxm_sleep_register() register_syscore(&haxm_sleep)
+#define haxm_sleep_unregister() unregister_syscore(&haxm_sleep)
+#else
+static int haxm_suspend(void)
+{
+	haxm_core_suspend();
+	return 0;
+}
+
+static struct syscore_ops haxm_sleep = {
+	.suspend = haxm_suspend,
+	.resume = haxm_core_resume,
+};
+
+#define haxm_sleep_register() register_syscore_ops(&haxm_sleep)
+#define haxm_sleep_unregister() unregister_syscore_ops(&haxm_sleep)
+#endif
+
+/* A processor in VMX operation ignores INIT, so a restart could hang. */
+static int haxm_reboot(struct notifier_block *block, unsigned long event, void *data)
+{
+	haxm_core_reboot();
+	return NOTIFY_DONE;
+}
+
+static struct notifier_block haxm_reboot_block = {
+	.notifier_call = haxm_reboot,
+};
+
+static int haxm_hotplug_state;
+
+int haxm_cpu_init(void)
+{
+	/* Calls haxm_cpu_online() on every running processor. */
+	int state = cpuhp_setup_state(CPUHP_AP_ONLINE_DYN, "virt/haxm:online",
+				      haxm_cpu_online, haxm_cpu_offline);
+
+	if (state < 0)
+		return state;
+	haxm_hotplug_state = state;
+	haxm_sleep_register();
+	register_reboot_notifier(&haxm_reboot_block);
+	return 0;
+}
+
+void haxm_cpu_exit(void)
+{
+	unregister_reboot_notifier(&haxm_reboot_block);
+	haxm_sleep_unregister();
+	/*
+	 * Calls haxm_cpu_offline() on every running processor: no VMX operation
+	 * of ours is left on one that then goes offline unheard.
+	 */
+	cpuhp_remove_state(haxm_hotplug_state);
+}

@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: BSD-3-Clause OR GPL-2.0-only */
+/*
+ * The border between the two halves of haxm.ko.
+ *
+ * haxm_os_*    the C half, called by Rust (declared again in src/ffi.rs)
+ * haxm_core_*  the Rust half, called by C (defined in src/entry.rs)
+ *
+ * Only integers and opaque pointers cross it, so the Rust half is the same
+ * for every kernel. Errors are 0 or a negative errno.
+ */
+#ifndef HAXM_H
+#define HAXM_H
+
+#include <linux/types.h>
+
+/* Node kinds, and the limits of the ABI that the minor numbers are made of. */
+#define HAXM_NODE_SYSTEM 0
+#define HAXM_NODE_VM 1
+#define HAXM_NODE_VCPU 2
+#define HAXM_VMS 64
+#define HAXM_VCPUS 16
+
+/* module.c: log and end of the world */
+void haxm_os_log(u32 level, const u8 *text, size_t length);
+void haxm_os_panic(const u8 *text, size_t length);
+
+/* memory.c: kernel memory and locks */
+void *haxm_os_alloc(size_t size, size_t align);
+void haxm_os_free(void *memory);
+void *haxm_os_page_alloc(u64 *physical);
+void haxm_os_page_free(void *page);
+void *haxm_os_mutex_new(u32 class);
+void haxm_os_mutex_lock(void *lock);
+void haxm_os_mutex_unlock(void *lock);
+void *haxm_os_spin_new(u32 class);
+void haxm_os_spin_lock(void *lock);
+void haxm_os_spin_unlock(void *lock);
+
+/* cpu.c: processors */
+u32 haxm_os_cpu_limit(void);
+u32 haxm_os_cpu_current(void);
+void haxm_os_preempt_off(void);
+void haxm_os_preempt_on(void);
+size_t haxm_os_irq_save(void);
+void haxm_os_irq_restore(size_t saved);
+int haxm_os_run_on(u32 cpu, void *call);
+void haxm_os_run_on_all(void *call);
+void haxm_os_kick(u32 cpu);
+void haxm_os_set_vmxe(u32 on);
+void haxm_os_guest_left(void);
+u32 haxm_os_event_pending(void);
+void haxm_os_fpu_begin(void);
+void haxm_os_fpu_end(void);
+u64 haxm_os_monotonic_ns(void);
+
+/* user.c: a process's address space, and pages shared with it */
+void *haxm_os_user_get(void);
+void haxm_os_user_put(void *user);
+u32 haxm_os_user_is_current(void *user);
+int haxm_os_user_fault_in(void *user, u64 address, u32 write, u64 *frame,
+			  u32 *writable, u32 *shift);
+int haxm_os_user_compare_exchange(u64 address, u32 size, u64 old, u64 new,
+				  u64 *found);
+int haxm_os_user_watch(void *user, void *listener);
+void haxm_os_user_unwatch(void *user);
+int haxm_os_copy_in(u64 address, void *to, size_t length);
+int haxm_os_copy_out(u64 address, const void *from, size_t length);
+void *haxm_os_shared_new(void **kernel, u64 *user);
+void haxm_os_shared_free(void *shared);
+
+/* device.c: device nodes */
+int haxm_os_node_create(u32 kind, u32 vm, u32 vcpu);
+void haxm_os_node_remove(u32 kind, u32 vm, u32 vcpu);
+
+/* Between the C files. */
+int haxm_devices_init(void);
+void haxm_devices_exit(void);
+int haxm_cpu_init(void);
+void haxm_cpu_exit(void);
+
+/* The Rust half. */
+void haxm_core_set_log_level(u32 level);
+int haxm_core_load(void);
+void haxm_core_unload(void);
+/* Gives *handle, which the other file operations take. */
+int haxm_core_open(u32 kind, u32 vm, u32 vcpu, void **handle);
+void haxm_core_release(void *handle);
+long haxm_core_ioctl(void *handle, u32 number, u64 argument);
+/* Runs what haxm_os_run_on(_all) was given. Interrupts are off. */
+void haxm_core_call(void *call);
+/* Bytes first..last of the watched process change. Must not sleep. */
+void haxm_core_invalidate_begin(void *listener, u64 start, u64 end);
+void haxm_core_invalidate_end(void *listener, u64 start, u64 end);
+/* Called on that processor, unable to migrate. */
+void haxm_core_cpu_online(u32 cpu);
+void haxm_core_cpu_offline(u32 cpu);
+/* Called on the only running processor, interrupts off. */
+void haxm_core_suspend(void);
+void haxm_core_resume(void);
+/* The machine restarts or halts. All processors run, interrupts on. */
+void haxm_core_reboot(void);
+
+#endif
