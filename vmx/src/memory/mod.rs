@@ -13,12 +13,22 @@
 //!   [`AddressSpace::write`], [`AddressSpace::compare_exchange`], and
 //!   [`walk::translate`].
 
+mod access;
+mod block;
+mod change;
+mod ept;
+mod invalidate;
 pub mod presence;
+mod protect;
+mod slot;
 mod space;
+mod tree;
 pub mod walk;
+mod watch;
 
+pub use ept::{LeafSize, Reserve};
 pub use presence::Flush;
-pub use space::{AddressSpace, Reserve};
+pub use space::AddressSpace;
 
 use crate::Error;
 use crate::arch::addr::Gpa;

@@ -1,0 +1,113 @@
+//! The host takes memory back: its reports, and the count that keeps a fault
+//! under way from using an answer that is no longer true.
+
+use crate::arch::addr::Hva;
+use crate::host::{Host, Invalidate};
+
+use super::ept::Graveyard;
+use super::space::Inner;
+use super::tree::{Key, Span};
+
+/// Slots looked at per hold of the spin lock.
+const BATCH: usize = 64;
+
+/// Invalidations under way, and how many things have changed so far.
+pub(super) struct Invalidations {
+    sequence: u64,
+    running: u64,
+    /// Covers every invalidation under way.
+    start: u64,
+    end: u64,
+}
+
+impl Invalidations {
+    pub(super) const fn new() -> Self {
+        Self {
+            sequence: 0,
+            running: 0,
+            start: 0,
+            end: 0,
+        }
+    }
+
+    /// Changes with every finished invalidation, and with every change of slots
+    /// or protection: what was looked up under another number may be wrong.
+    pub(super) const fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Notes a change.
+    pub(super) fn advance(&mut self) {
+        self.sequence = self.sequence.wrapping_add(1);
+    }
+
+    /// Whether something in `start..end` is being invalidated right now.
+    pub(super) const fn running_in(&self, start: u64, end: u64) -> bool {
+        self.running != 0 && start < self.end && self.start < end
+    }
+
+    fn begin(&mut self, start: u64, end: u64) {
+        if self.running == 0 {
+            (self.start, self.end) = (start, end);
+        } else {
+            self.start = self.start.min(start);
+            self.end = self.end.max(end);
+        }
+        self.running = self.running.saturating_add(1);
+    }
+
+    fn end(&mut self) {
+        self.running = self.running.saturating_sub(1);
+        self.advance();
+    }
+}
+
+impl<H: Host> Inner<H> {
+    /// Clears what the next few slots after `after` translate to
+    /// `start..end`; returns where to go on.
+    fn clear_some(
+        &self,
+        after: Option<Key>,
+        start: u64,
+        end: u64,
+        grave: &mut Graveyard<H>,
+    ) -> Option<Key> {
+        let mut core = self.core.lock();
+        let mut after = after;
+        let mut cleared = false;
+        for _ in 0..BATCH {
+            let Some(mirror) = core.slots.touched(after, start, end) else {
+                after = None;
+                break;
+            };
+            after = Some(mirror.key());
+            let (from, until) = mirror.guest_range(start, end);
+            cleared |= core.ept.clear(from, until, grave);
+        }
+        if cleared {
+            self.presence.advance();
+        }
+        after
+    }
+}
+
+impl<H: Host> Invalidate for Inner<H> {
+    fn begin(&self, start: Hva, end: Hva) {
+        // From here on no leaf is written for this range, so the rest need not
+        // be done in one hold of the lock.
+        self.core.lock().invalidations.begin(start.0, end.0);
+        let mut grave = Graveyard::new();
+        let mut after = self.clear_some(None, start.0, end.0, &mut grave);
+        while after.is_some() {
+            after = self.clear_some(after, start.0, end.0, &mut grave);
+        }
+        // Also if nothing was cleared: another thread may have cleared it and
+        // still be waiting for the processors.
+        self.finish_flush();
+        grave.bury(&self.counters);
+    }
+
+    fn end(&self, _start: Hva, _end: Hva) {
+        self.core.lock().invalidations.end();
+    }
+}
