@@ -257,6 +257,17 @@ mod tests {
     }
 
     #[test]
+    fn runs_of_zeros_are_left_out() {
+        let mut data = vec![0; 4 * CHUNK + 10];
+        assert!(nonzero_runs(&data).is_empty());
+        data[CHUNK - 1] = 1;
+        data[CHUNK] = 1;
+        data[4 * CHUNK + 9] = 1;
+        let runs: Vec<_> = nonzero_runs(&data).iter().map(|(at, d)| (*at, d.len())).collect();
+        assert_eq!(runs, [(0, 2 * CHUNK), (4 * CHUNK, 10)]);
+    }
+
+    #[test]
     fn what_does_not_fit_is_refused() {
         let (vmlinux, sector) = (sample(&[1; 10], 0), sector());
         let good = || Boot {
