@@ -3,7 +3,7 @@
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use abi::{Device, MAX_VMS, MAX_VMS_NETBSD, Os, Request};
+use abi::{Device, Os, Request};
 use vmx::fallible::{NoMemory, Shared};
 use vmx::sync::{Lock, LockClass};
 
@@ -226,11 +226,7 @@ impl<S: Shim> Devices<S> {
     pub(crate) fn create_vm(&self) -> Result<u32, Failure> {
         let vm = Core::create_vm(&self.core)?;
         let id = vm.id();
-        let limit = match self.os {
-            Os::NetBsd => MAX_VMS_NETBSD,
-            Os::Linux | Os::Darwin | Os::Windows => MAX_VMS,
-        };
-        if id >= limit {
+        if id >= self.os.max_vms() {
             return Err(Failure::NoMemory);
         }
         self.shim

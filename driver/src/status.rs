@@ -95,7 +95,7 @@ mod errno {
     pub(super) const EBUSY: i32 = 16;
     pub(super) const ENODEV: i32 = 19;
     pub(super) const EINVAL: i32 = 22;
-    pub(super) const ENOSYS_LINUX: i32 = 38;
+    pub(super) const ENOSYS: i32 = 38;
     pub(super) const ENOSYS_BSD: i32 = 78;
 }
 
@@ -124,8 +124,8 @@ pub(crate) enum Doing {
 /// The number a program gets.
 pub(crate) fn status(os: Os, doing: Doing, failure: Failure) -> Status {
     match os {
-        Os::Windows => Status::nt(windows(doing, failure)),
-        Os::Linux => Status::errno(posix(doing, failure, errno::ENOSYS_LINUX)),
+        Os::Windows => Status::nt(ntstatus(doing, failure)),
+        Os::Linux => Status::errno(posix(doing, failure, errno::ENOSYS)),
         Os::Darwin | Os::NetBsd => Status::errno(posix(doing, failure, errno::ENOSYS_BSD)),
     }
 }
@@ -166,7 +166,7 @@ fn posix(doing: Doing, failure: Failure, unknown: i32) -> i32 {
 }
 
 #[allow(clippy::match_same_arms, reason = "one row of a table each")]
-fn windows(doing: Doing, failure: Failure) -> u32 {
+fn ntstatus(doing: Doing, failure: Failure) -> u32 {
     match (doing, failure) {
         (_, Failure::Denied | Failure::Core(Error::Denied)) => nt::ACCESS_DENIED,
         (_, Failure::Gone) => nt::INVALID_HANDLE,

@@ -4,6 +4,7 @@
 //! name and returns the exit code of the process; an error is printed with its causes and is exit code 1.
 
 mod abi;
+mod lint;
 mod module;
 mod setup;
 mod testbed;
@@ -26,6 +27,11 @@ const COMMANDS: &[Command] = &[
         name: "abi",
         about: "[--json]  print request numbers, structures and constants",
         run: abi::run,
+    },
+    Command {
+        name: "lint",
+        about: "[--source] [--no-module]  check the code itself",
+        run: lint::run,
     },
     Command {
         name: "module",

@@ -10,6 +10,7 @@ pub mod windows;
 
 mod bsd;
 
+use crate::module::{MAX_VMS, MAX_VMS_NETBSD};
 use crate::request::{Device, Request};
 
 /// An operating system HAXM ran on.
@@ -28,6 +29,15 @@ pub enum Os {
 impl Os {
     /// All of them.
     pub const ALL: [Self; 4] = [Self::Linux, Self::Darwin, Self::NetBsd, Self::Windows];
+
+    /// VMs that can exist at once.
+    #[must_use]
+    pub const fn max_vms(self) -> u32 {
+        match self {
+            Self::NetBsd => MAX_VMS_NETBSD,
+            Self::Linux | Self::Darwin | Self::Windows => MAX_VMS,
+        }
+    }
 
     /// The number of a request, or `None` where this system has none.
     #[must_use]
