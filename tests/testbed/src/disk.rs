@@ -263,7 +263,10 @@ mod tests {
         data[CHUNK - 1] = 1;
         data[CHUNK] = 1;
         data[4 * CHUNK + 9] = 1;
-        let runs: Vec<_> = nonzero_runs(&data).iter().map(|(at, d)| (*at, d.len())).collect();
+        let runs: Vec<_> = nonzero_runs(&data)
+            .iter()
+            .map(|(at, d)| (*at, d.len()))
+            .collect();
         assert_eq!(runs, [(0, 2 * CHUNK), (4 * CHUNK, 10)]);
     }
 
