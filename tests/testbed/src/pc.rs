@@ -21,7 +21,7 @@ use crate::outcome::{self, Cause, Outcome};
 use crate::packages;
 
 /// Emulated instructions per emulated second: fewer make timer interrupts dearer, more make delays.
-const INSTRUCTIONS_PER_SECOND: u32 = 50_000_000;
+pub(crate) const INSTRUCTIONS_PER_SECOND: u32 = 50_000_000;
 
 /// Nothing printed on the console but warnings, no mitigations, no self-tests: 400 M instructions to
 /// /init instead of 2600 M. `dmesg` has everything.

@@ -82,7 +82,7 @@ impl Boot {
             cpus: 1,
             memory_mb: 64,
             image: Image::default(),
-            tsc_khz: Some(50_000),
+            tsc_khz: Some(crate::pc::INSTRUCTIONS_PER_SECOND / 1000),
             verbose: false,
             accelerator: "hax",
         }

@@ -62,3 +62,22 @@ fn compile(dir: &Path) -> Result<()> {
         .arg("-lm");
     command::output(&mut gcc).map(drop)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_compiles_and_runs_in_no_other_place() {
+        // Where there is no compiler the test bed cannot be used anyway.
+        if Command::new("gcc").arg("--version").output().is_err() {
+            return;
+        }
+        let dir = std::env::temp_dir().join(format!("haxm-guest-init-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        compile(&dir).unwrap();
+        let out = Command::new(dir.join("init")).output().unwrap();
+        assert_eq!((out.status.code(), out.stdout.len()), (Some(2), 0));
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}

@@ -46,7 +46,7 @@ pub const FIRMWARE: &[&str] = &[
 /// Where Debian's packages seabios and qemu-system-data have them.
 const FIRMWARE_FOLDERS: &[&str] = &["usr/share/seabios", "usr/share/qemu"];
 
-/// The oldest bug that a client can meet: see the patch.
+/// Without it a second virtual processor never starts: see the patch.
 const SIPI: &str = include_str!("../../patches/qemu-sipi.patch");
 const DEVICES: &str = include_str!("../../guest/linux/devices.mak");
 
@@ -92,7 +92,7 @@ pub struct Qemu {
 /// text names the log.
 pub fn ensure(work: &WorkFolder) -> Result<Qemu> {
     let mut recipe = CONFIGURE.to_vec();
-    recipe.extend([SIPI, DEVICES, "1"]);
+    recipe.extend([SIPI, DEVICES, "2"]);
     let folder = work.once(&format!("qemu-{}", key(&recipe)), |dir| {
         packages::ensure_packages(NEEDED)?;
         build(work, dir).context("QEMU could not be built")
@@ -122,7 +122,13 @@ fn build(work: &WorkFolder, dir: &Path) -> Result<()> {
         let mut command = tool(program, &objects);
         command::logged(command.args(arguments), &work.path(log))
     };
-    run("../source/configure", CONFIGURE, "qemu-configure.log")?;
+    // Names of source files are in the program: the same wherever it is built.
+    let map = format!(
+        "--extra-cflags=-ffile-prefix-map={}=/source",
+        source.display()
+    );
+    let configure = [CONFIGURE, &[&map]].concat();
+    run("../source/configure", &configure, "qemu-configure.log")?;
     run("ninja", &["config-poison.h"], "qemu-build.log")?;
     precompile_header(&objects)?;
     run("ninja", &["-j2", TARGET], "qemu-build.log")?;
@@ -218,4 +224,51 @@ fn check(binary: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs the patch step on a tree with this text in the file it changes.
+    fn patched(name: &str, text: &str) -> Result<String> {
+        let dir = std::env::temp_dir().join(format!("haxm-sipi-{name}-{}", std::process::id()));
+        let file = dir.join("hw/intc/apic.c");
+        fs::create_dir_all(dir.join("hw/intc"))?;
+        fs::write(&file, text)?;
+        let result = clear_start_up_requests(&dir, &dir);
+        let text = fs::read_to_string(&file)?;
+        fs::remove_dir_all(&dir)?;
+        result.map(|()| text)
+    }
+
+    #[test]
+    fn a_source_that_clears_the_request_is_left_alone() {
+        let text = "void apic_sipi(int d)\n{\n    clear(CPU_INTERRUPT_SIPI);\n}\n";
+        assert_eq!(patched("has", text).unwrap(), text);
+    }
+
+    #[test]
+    fn a_source_that_the_patch_does_not_fit_is_refused() {
+        let other = "void apic_sipi(int d)\n{\n}\nint x = CPU_INTERRUPT_SIPI;\n";
+        let error = patched("other", other).unwrap_err().to_string();
+        assert!(error.contains("does not apply"), "{error}");
+        let error = patched("none", "int x;\n").unwrap_err().to_string();
+        assert!(error.contains("no function apic_sipi"), "{error}");
+    }
+
+    #[test]
+    fn the_patch_adds_one_statement() {
+        let added: Vec<&str> = SIPI
+            .lines()
+            .filter(|l| l.starts_with('+') && l.len() > 1)
+            .collect();
+        let line = "+    cpu_reset_interrupt(CPU(s->cpu), CPU_INTERRUPT_SIPI);";
+        assert_eq!(added, ["+++ b/hw/intc/apic.c", line]);
+        assert!(
+            !SIPI
+                .lines()
+                .any(|l| l.starts_with('-') && !l.starts_with("---"))
+        );
+    }
 }
