@@ -47,6 +47,11 @@ pub fn ensure_packages(packages: &[&str]) -> Result<()> {
     progress(&format!("installing {}", wanted.join(" ")));
     let mut install = vec!["install", "--yes", "--no-install-recommends"];
     install.extend(wanted.iter().map(String::as_str));
+    ensure!(
+        is_root() || has_sudo(),
+        "packages are missing; as root, type: apt-get update && apt-get {}",
+        install.join(" ")
+    );
     if as_root(&install).is_err() {
         // The lists may be absent or name versions that are gone.
         as_root(&["update"])?;
@@ -61,19 +66,25 @@ pub fn ensure_packages(packages: &[&str]) -> Result<()> {
     Ok(())
 }
 
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+fn has_sudo() -> bool {
+    Command::new("sudo").arg("-V").output().is_ok()
+}
+
 /// Runs apt-get as root: directly, or through sudo.
 fn as_root(arguments: &[&str]) -> Result<()> {
-    let root = rustix::process::geteuid().is_root();
-    let mut command = if root {
+    let mut command = if is_root() {
         let mut c = Command::new("apt-get");
         c.env("DEBIAN_FRONTEND", "noninteractive");
         c
     } else {
         let typed = format!("sudo apt-get {}", arguments.join(" "));
-        let has_sudo = Command::new("sudo").arg("-V").output().is_ok();
         ensure!(
-            has_sudo,
-            "this needs root once; type as root: {}",
+            has_sudo(),
+            "this needs root once; as root, type: {}",
             &typed[5..]
         );
         progress(&format!("root is needed for: {typed}"));
