@@ -113,6 +113,12 @@ pub unsafe trait Host: Clone + Send + Sync + 'static {
     /// Pinned; not cleared while in VMX operation.
     unsafe fn set_vmxe(&self, on: bool);
 
+    /// A guest has left this processor: the exits set the limits of GDTR and
+    /// IDTR to 0xffff and TR's to 0x67 (SDM 28.5.2 "Loading Host Segment and
+    /// Descriptor-Table Registers"). GDTR is put right already; the host does
+    /// what it needs for TR. Interrupts are off.
+    fn guest_left(&self);
+
     /// A signal waits for this thread, or the scheduler wants the processor:
     /// RUN should return to user space.
     fn event_pending(&self) -> bool;

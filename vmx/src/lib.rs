@@ -6,7 +6,8 @@
 //! system must lend us. `tests/sim` implements both on an ordinary machine.
 //!
 //! Floors, lowest first; a module uses only lower ones:
-//! `arch` < `cpu`, `host`, `sync`, `fallible` < `memory`, `emulate` < `vcpu` < `vm`.
+//! `arch` < `cpu`, `host`, `sync`, `fallible` < `caps`, `operation`, `platform`,
+//! `memory`, `emulate` < `vcpu` < `vm` < `hypervisor`.
 //!
 //! Processor facts cite the Intel SDM, combined volumes, revision
 //! 325462-083US, by section number and title.
@@ -34,12 +35,21 @@
 extern crate alloc;
 
 pub mod arch;
+pub mod caps;
 pub mod cpu;
 pub mod emulate;
 pub mod error;
 pub mod fallible;
 pub mod host;
+pub mod hypervisor;
 pub mod memory;
+pub mod operation;
+pub mod platform;
 pub mod sync;
+pub mod vcpu;
+pub mod vm;
 
 pub use error::Error;
+pub use hypervisor::{Capability, Hypervisor, StartError};
+pub use vcpu::Vcpu;
+pub use vm::Vm;

@@ -74,6 +74,8 @@ pub struct Selectors {
     pub gs: u16,
     /// TR.
     pub tr: u16,
+    /// LDTR.
+    pub ldtr: u16,
 }
 
 /// One method per privileged instruction.
@@ -131,10 +133,21 @@ pub trait Cpu: Send + Sync + 'static {
     fn gdtr(&self) -> TableRegister;
     /// SIDT.
     fn idtr(&self) -> TableRegister;
-    /// MOV from the segment registers, and STR.
+    /// MOV from the segment registers, STR and SLDT.
     fn selectors(&self) -> Selectors;
     /// The base in the TSS descriptor that TR selects in the current GDT.
     fn tr_base(&self) -> u64;
+
+    /// Puts back what a VM exit takes from the host's segmentation: GDTR's
+    /// limit, and LDTR, DS, ES, FS and GS where they are not null. SDM 28.5.2
+    /// "Loading Host Segment and Descriptor-Table Registers". Loading FS
+    /// changes its base to the descriptor's; the caller writes IA32_FS_BASE
+    /// and IA32_KERNEL_GS_BASE afterwards.
+    ///
+    /// # Safety
+    /// Interrupts are off, and both values were read on this processor before
+    /// the entry.
+    unsafe fn restore_segmentation(&self, gdtr: TableRegister, selectors: &Selectors);
 
     /// XGETBV of XCR0.
     ///

@@ -196,7 +196,35 @@ impl Cpu for Native {
             fs: read_selector!("mov {:e}, fs"),
             gs: read_selector!("mov {:e}, gs"),
             tr: read_selector!("str {:e}"),
+            ldtr: read_selector!("sldt {:e}"),
         }
+    }
+
+    unsafe fn restore_segmentation(&self, gdtr: TableRegister, selectors: &Selectors) {
+        let table = PseudoDescriptor {
+            limit: gdtr.limit,
+            base: gdtr.base,
+        };
+        // SAFETY: the table is the one this processor used before the entry.
+        unsafe {
+            asm!("lgdt [{}]", in(reg) &raw const table, options(nostack, preserves_flags));
+        }
+        macro_rules! reload {
+            ($selector:expr, $text:literal) => {
+                if $selector != 0 {
+                    // SAFETY: the register held this selector before the entry.
+                    unsafe {
+                        asm!($text, in("ax") $selector, options(nostack, preserves_flags));
+                    }
+                }
+            };
+        }
+        reload!(selectors.ldtr, "lldt ax");
+        reload!(selectors.ds, "mov ds, ax");
+        reload!(selectors.es, "mov es, ax");
+        reload!(selectors.fs, "mov fs, ax");
+        // In the kernel GS's base is the kernel's; the selector is the user's.
+        reload!(selectors.gs, "swapgs; mov gs, ax; swapgs");
     }
 
     /// SDM 8.2.3 "TSS Descriptor in 64-bit mode", figure 8-4.

@@ -9,11 +9,20 @@
 //! Numbers of leaves and bits: SDM vol. 2, CPUID, table 3-8 "Information
 //! Returned by CPUID Instruction".
 
+mod answer;
+mod feature;
+#[cfg(test)]
+mod tests;
+
+pub use answer::View;
+pub use feature::{Feature, Features};
+
 use abi::cpuid::{CpuidEntry, MAX_CPUID_ENTRIES};
 
+use self::feature::{FORCED, Need, WORDS, Word};
 use super::extended;
 use crate::arch::control::Secondary;
-use crate::arch::reg::{Cr4, Efer, Xcr0};
+use crate::arch::reg::{Cr4, Xcr0};
 use crate::caps::Caps;
 use crate::cpu::{Cpu, CpuidResult};
 use crate::error::Error;
@@ -42,6 +51,19 @@ const KEYS: [(u32, u32); ROWS] = [
 /// Rows that GET_CPUID returns.
 pub const ROWS: usize = 18;
 
+/// Places in [`KEYS`] of the rows that have rules of their own.
+mod place {
+    pub(super) const LEAF_0: usize = 0;
+    pub(super) const LEAF_1: usize = 1;
+    pub(super) const LEAF_7: usize = 3;
+    pub(super) const LEAF_7_SUB_1: usize = 4;
+    pub(super) const LEAF_D: usize = 6;
+    pub(super) const LEAF_D_SUB_1: usize = 7;
+    pub(super) const EXTENDED_0: usize = 11;
+    pub(super) const EXTENDED_1: usize = 12;
+    pub(super) const EXTENDED_8: usize = 17;
+}
+
 /// Highest basic leaf, as HAXM.
 const MAX_BASIC: u32 = 0x16;
 /// Highest extended leaf, as HAXM.
@@ -55,8 +77,6 @@ const SIGNATURE_MODEL: u32 = 0x1f;
 const EPT_BITS: u32 = 48;
 /// Bits of a linear address; 57-bit ones are not offered.
 const LINEAR_BITS: u32 = 48;
-/// Size of the legacy region and the header, SDM 13.4 "XSAVE Area".
-const XSAVE_BASE_SIZE: u32 = 576;
 /// XCR0 components from here on have a subleaf of leaf 0xD.
 const FIRST_COMPONENT: u32 = 2;
 /// AVX, two of MPX that are never offered, three of AVX-512.
@@ -65,298 +85,6 @@ const COMPONENTS: usize = 6;
 const CACHES: usize = 4;
 /// XCR0 bits of AVX-512, all or none.
 const AVX512_STATE: Xcr0 = Xcr0::OPMASK.union(Xcr0::ZMM_HI256).union(Xcr0::HI16_ZMM);
-
-/// A register of a row that is a set of features.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Word {
-    Leaf1Ecx,
-    Leaf1Edx,
-    Leaf7Ebx,
-    Leaf7Ecx,
-    Leaf7Edx,
-    Leaf7Sub1Eax,
-    LeafDSub1Eax,
-    ExtendedEcx,
-    ExtendedEdx,
-}
-
-const WORDS: [Word; 9] = [
-    Word::Leaf1Ecx,
-    Word::Leaf1Edx,
-    Word::Leaf7Ebx,
-    Word::Leaf7Ecx,
-    Word::Leaf7Edx,
-    Word::Leaf7Sub1Eax,
-    Word::LeafDSub1Eax,
-    Word::ExtendedEcx,
-    Word::ExtendedEdx,
-];
-
-impl Word {
-    const fn row(self) -> usize {
-        match self {
-            Self::Leaf1Ecx | Self::Leaf1Edx => 1,
-            Self::Leaf7Ebx | Self::Leaf7Ecx | Self::Leaf7Edx => 3,
-            Self::Leaf7Sub1Eax => 4,
-            Self::LeafDSub1Eax => 7,
-            Self::ExtendedEcx | Self::ExtendedEdx => 12,
-        }
-    }
-
-    fn of(self, result: &mut CpuidResult) -> &mut u32 {
-        match self {
-            Self::Leaf7Sub1Eax | Self::LeafDSub1Eax => &mut result.eax,
-            Self::Leaf7Ebx => &mut result.ebx,
-            Self::Leaf1Ecx | Self::Leaf7Ecx | Self::ExtendedEcx => &mut result.ecx,
-            Self::Leaf1Edx | Self::Leaf7Edx | Self::ExtendedEdx => &mut result.edx,
-        }
-    }
-}
-
-/// What a feature needs besides the bit in the host's CPUID.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Need {
-    /// Nothing.
-    Host,
-    /// Not even that: this core or the client provides it.
-    Software,
-    /// The secondary control without which RDTSCP and RDPID are #UD.
-    Rdtscp,
-    /// The secondary control without which INVPCID is #UD.
-    Invpcid,
-    /// XCR0 exists for the guest.
-    Xsave,
-    /// The guest can set XCR0.AVX.
-    Avx,
-    /// The guest can set XCR0's AVX-512 bits.
-    Avx512,
-    /// This CR4 bit may be 1 in VMX operation.
-    Cr4(Cr4),
-}
-
-/// A feature that a guest can be offered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Feature {
-    word: Word,
-    bit: u32,
-    need: Need,
-}
-
-macro_rules! features {
-    ($($name:ident $text:literal $word:ident $bit:literal $need:expr;)*) => {
-        impl Feature {
-            $(
-                #[doc = $text]
-                pub const $name: Self = Self { word: Word::$word, bit: $bit, need: $need };
-            )*
-            /// Each after those it rests on.
-            const OFFERED: &'static [Self] = &[$(Self::$name),*];
-        }
-    };
-}
-
-// Not offered, with the reason:
-// x2APIC, TSC-deadline: the client's APIC has neither. MONITOR, VMX, SMX: their
-// instructions are not virtualised. DTES64, DS, PDCM, PBE: no PMU state is
-// switched. EIST, TM, TM2, ACPI: no MSRs behind them. PKU, CET, LA57, MPX, AMX,
-// Key Locker, XSAVES, WAITPKG: state or a control that is not switched. HLE,
-// RTM: gone from most processors. SPEC_CTRL's group: its MSRs are not switched.
-features! {
-    FPU "x87." Leaf1Edx 0 Need::Host;
-    VME "Virtual-8086 extensions." Leaf1Edx 1 Need::Host;
-    DE "Debugging extensions." Leaf1Edx 2 Need::Host;
-    PSE "4 MB pages." Leaf1Edx 3 Need::Host;
-    TSC "RDTSC." Leaf1Edx 4 Need::Host;
-    MSR "RDMSR and WRMSR." Leaf1Edx 5 Need::Host;
-    PAE "Physical address extension." Leaf1Edx 6 Need::Host;
-    MCE "Machine-check exception." Leaf1Edx 7 Need::Host;
-    CX8 "CMPXCHG8B." Leaf1Edx 8 Need::Host;
-    APIC "Local APIC: the client's." Leaf1Edx 9 Need::Software;
-    SEP "SYSENTER." Leaf1Edx 11 Need::Host;
-    // Kept and echoed: firmware sets them and Linux has no PAT without. Guest
-    // memory is write-back whatever they say (the EPT's type, then the PAT).
-    MTRR "Memory type range registers." Leaf1Edx 12 Need::Software;
-    PGE "Global pages." Leaf1Edx 13 Need::Host;
-    MCA "Machine-check architecture: one empty bank." Leaf1Edx 14 Need::Software;
-    CMOV "CMOVcc." Leaf1Edx 15 Need::Host;
-    PAT "Page attribute table." Leaf1Edx 16 Need::Host;
-    // The processor walks the guest's tables, and our own walk knows the form.
-    PSE36 "4 MB pages above 4 GB." Leaf1Edx 17 Need::Host;
-    CLFSH "CLFLUSH." Leaf1Edx 19 Need::Host;
-    MMX "MMX." Leaf1Edx 23 Need::Host;
-    FXSR "FXSAVE and FXRSTOR." Leaf1Edx 24 Need::Host;
-    SSE "SSE." Leaf1Edx 25 Need::Host;
-    SSE2 "SSE2." Leaf1Edx 26 Need::Host;
-    SS "Self-snoop." Leaf1Edx 27 Need::Host;
-    HTT "EBX[23:16] of leaf 1 counts." Leaf1Edx 28 Need::Software;
-
-    SSE3 "SSE3." Leaf1Ecx 0 Need::Host;
-    PCLMULQDQ "PCLMULQDQ." Leaf1Ecx 1 Need::Host;
-    SSSE3 "SSSE3." Leaf1Ecx 9 Need::Host;
-    CX16 "CMPXCHG16B." Leaf1Ecx 13 Need::Host;
-    PCID "Process-context identifiers." Leaf1Ecx 17 Need::Cr4(Cr4::PCIDE);
-    SSE4_1 "SSE4.1." Leaf1Ecx 19 Need::Host;
-    SSE4_2 "SSE4.2." Leaf1Ecx 20 Need::Host;
-    MOVBE "MOVBE." Leaf1Ecx 22 Need::Host;
-    POPCNT "POPCNT." Leaf1Ecx 23 Need::Host;
-    AES "AES-NI." Leaf1Ecx 25 Need::Host;
-    XSAVE "XSAVE and XCR0." Leaf1Ecx 26 Need::Xsave;
-    AVX "AVX." Leaf1Ecx 28 Need::Avx;
-    FMA "FMA." Leaf1Ecx 12 Need::Avx;
-    F16C "Half-precision conversion." Leaf1Ecx 29 Need::Avx;
-    RDRAND "RDRAND." Leaf1Ecx 30 Need::Host;
-    HYPERVISOR "A hypervisor is there." Leaf1Ecx 31 Need::Software;
-
-    FSGSBASE "RDFSBASE and its family." Leaf7Ebx 0 Need::Cr4(Cr4::FSGSBASE);
-    TSC_ADJUST "IA32_TSC_ADJUST." Leaf7Ebx 1 Need::Software;
-    BMI1 "BMI1." Leaf7Ebx 3 Need::Host;
-    AVX2 "AVX2." Leaf7Ebx 5 Need::Avx;
-    FDP_EXCPTN_ONLY "x87 data pointer kept on exceptions only." Leaf7Ebx 6 Need::Host;
-    SMEP "Supervisor-mode execution prevention." Leaf7Ebx 7 Need::Cr4(Cr4::SMEP);
-    BMI2 "BMI2." Leaf7Ebx 8 Need::Host;
-    ERMS "Fast REP MOVSB and STOSB." Leaf7Ebx 9 Need::Host;
-    INVPCID "INVPCID." Leaf7Ebx 10 Need::Invpcid;
-    NO_FPU_CS_DS "x87 CS and DS are not kept." Leaf7Ebx 13 Need::Host;
-    AVX512F "AVX-512 foundation." Leaf7Ebx 16 Need::Avx512;
-    AVX512DQ "AVX-512 DQ." Leaf7Ebx 17 Need::Avx512;
-    RDSEED "RDSEED." Leaf7Ebx 18 Need::Host;
-    ADX "ADCX and ADOX." Leaf7Ebx 19 Need::Host;
-    SMAP "Supervisor-mode access prevention." Leaf7Ebx 20 Need::Cr4(Cr4::SMAP);
-    AVX512_IFMA "AVX-512 IFMA." Leaf7Ebx 21 Need::Avx512;
-    CLFLUSHOPT "CLFLUSHOPT." Leaf7Ebx 23 Need::Host;
-    CLWB "CLWB." Leaf7Ebx 24 Need::Host;
-    AVX512CD "AVX-512 CD." Leaf7Ebx 28 Need::Avx512;
-    SHA "SHA." Leaf7Ebx 29 Need::Host;
-    AVX512BW "AVX-512 BW." Leaf7Ebx 30 Need::Avx512;
-    AVX512VL "AVX-512 VL." Leaf7Ebx 31 Need::Avx512;
-
-    AVX512_VBMI "AVX-512 VBMI." Leaf7Ecx 1 Need::Avx512;
-    UMIP "User-mode instruction prevention." Leaf7Ecx 2 Need::Cr4(Cr4::UMIP);
-    AVX512_VBMI2 "AVX-512 VBMI2." Leaf7Ecx 6 Need::Avx512;
-    GFNI "GFNI." Leaf7Ecx 8 Need::Host;
-    VAES "AES on YMM and ZMM." Leaf7Ecx 9 Need::Avx;
-    VPCLMULQDQ "PCLMULQDQ on YMM and ZMM." Leaf7Ecx 10 Need::Avx;
-    AVX512_VNNI "AVX-512 VNNI." Leaf7Ecx 11 Need::Avx512;
-    AVX512_BITALG "AVX-512 BITALG." Leaf7Ecx 12 Need::Avx512;
-    AVX512_VPOPCNTDQ "AVX-512 VPOPCNT." Leaf7Ecx 14 Need::Avx512;
-    RDPID "RDPID." Leaf7Ecx 22 Need::Rdtscp;
-
-    FSRM "Fast short REP MOVSB." Leaf7Edx 4 Need::Host;
-    MD_CLEAR "VERW clears buffers." Leaf7Edx 10 Need::Host;
-    SERIALIZE "SERIALIZE." Leaf7Edx 14 Need::Host;
-    AVX512_FP16 "AVX-512 FP16." Leaf7Edx 23 Need::Avx512;
-
-    AVX_VNNI "AVX VNNI." Leaf7Sub1Eax 4 Need::Avx;
-    AVX512_BF16 "AVX-512 BF16." Leaf7Sub1Eax 5 Need::Avx512;
-    FZLRM "Fast zero-length REP MOVSB." Leaf7Sub1Eax 10 Need::Host;
-    FSRS "Fast short REP STOSB." Leaf7Sub1Eax 11 Need::Host;
-    FSRCS "Fast short REP CMPSB and SCASB." Leaf7Sub1Eax 12 Need::Host;
-
-    XSAVEOPT "XSAVEOPT." LeafDSub1Eax 0 Need::Xsave;
-    XSAVEC "XSAVEC and compacted XRSTOR." LeafDSub1Eax 1 Need::Xsave;
-    XGETBV1 "XGETBV with ECX = 1." LeafDSub1Eax 2 Need::Xsave;
-
-    LAHF "LAHF and SAHF in 64-bit mode." ExtendedEcx 0 Need::Host;
-    LZCNT "LZCNT." ExtendedEcx 5 Need::Host;
-    PREFETCHW "PREFETCHW." ExtendedEcx 8 Need::Host;
-    SYSCALL "SYSCALL." ExtendedEdx 11 Need::Host;
-    NX "Execute disable." ExtendedEdx 20 Need::Host;
-    PAGE_1GB "1 GB pages." ExtendedEdx 26 Need::Host;
-    RDTSCP "RDTSCP." ExtendedEdx 27 Need::Rdtscp;
-    LM "64-bit mode." ExtendedEdx 29 Need::Host;
-}
-
-impl Feature {
-    const fn mask(self) -> u32 {
-        1u32.wrapping_shl(self.bit)
-    }
-}
-
-/// Bits that SET_CPUID cannot take away, as in HAXM.
-const FORCED: [Feature; 2] = [Feature::HYPERVISOR, Feature::APIC];
-
-/// CR4 bits and the feature that brings each, SDM 2.5 "Control Registers".
-const CR4_FEATURES: [(Cr4, Feature); 17] = [
-    (Cr4::VME, Feature::VME),
-    (Cr4::PVI, Feature::VME),
-    (Cr4::TSD, Feature::TSC),
-    (Cr4::DE, Feature::DE),
-    (Cr4::PSE, Feature::PSE),
-    (Cr4::PAE, Feature::PAE),
-    (Cr4::MCE, Feature::MCE),
-    (Cr4::PGE, Feature::PGE),
-    (Cr4::OSFXSR, Feature::FXSR),
-    (Cr4::OSXMMEXCPT, Feature::SSE),
-    (Cr4::UMIP, Feature::UMIP),
-    (Cr4::FSGSBASE, Feature::FSGSBASE),
-    (Cr4::PCIDE, Feature::PCID),
-    (Cr4::OSXSAVE, Feature::XSAVE),
-    (Cr4::SMEP, Feature::SMEP),
-    (Cr4::SMAP, Feature::SMAP),
-    // RDPMC is older than the feature bits; it exits and counts nothing.
-    (Cr4::PCE, Feature::APIC),
-];
-
-/// The virtual processor that executes CPUID.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct View {
-    /// Its APIC id.
-    pub apic_id: u8,
-    /// Virtual processors of the VM: one more than the highest APIC id.
-    pub vcpus: u8,
-    /// CR4 as it sees it.
-    pub cr4: u64,
-    /// Its XCR0.
-    pub xcr0: u64,
-}
-
-/// What the table lets a guest use, for the rest of the core. Small: keep a
-/// copy, take a new one when the table has changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Features {
-    words: [u32; WORDS.len()],
-    xcr0: u64,
-    cr4: u64,
-    physical_bits: u8,
-}
-
-impl Features {
-    /// The guest has this feature.
-    #[must_use]
-    pub fn has(&self, feature: Feature) -> bool {
-        let word = self.words.get(feature.word as usize);
-        word.is_some_and(|word| word & feature.mask() != 0)
-    }
-
-    /// CR4 bits that the guest may set; the others are reserved.
-    #[must_use]
-    pub const fn allowed_cr4(&self) -> u64 {
-        self.cr4
-    }
-
-    /// XCR0 bits that the guest may set; 0 if it has no XSAVE.
-    #[must_use]
-    pub const fn allowed_xcr0(&self) -> u64 {
-        self.xcr0
-    }
-
-    /// EFER bits that the guest may set, LMA included, SDM 2.2.1 "Extended
-    /// Feature Enable Register".
-    #[must_use]
-    pub fn allowed_efer(&self) -> u64 {
-        let mut bits = Efer::empty();
-        bits.set(Efer::SCE, self.has(Feature::SYSCALL));
-        bits.set(Efer::LME | Efer::LMA, self.has(Feature::LM));
-        bits.set(Efer::NXE, self.has(Feature::NX));
-        bits.bits()
-    }
-
-    /// Bits of a physical address, MAXPHYADDR.
-    #[must_use]
-    pub const fn physical_bits(&self) -> u8 {
-        self.physical_bits
-    }
-}
 
 /// Size and place of a component in the XSAVE area, from leaf 0xD.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -404,8 +132,6 @@ const LEAF_2: CpuidResult = CpuidResult {
 const L2_CACHE: u32 = 0x0400_8040;
 /// Leaf 1 EBX at rest: one logical processor, CLFLUSH of 8 * 8 bytes.
 const LEAF_1_EBX: u32 = 0x0001_0800;
-/// Leaf 6 EAX: the APIC timer never stops; the client's does not.
-const ARAT: u32 = 1 << 2;
 /// Leaf 80000007H EDX: the TSC keeps its rate, in every sleep state.
 const INVARIANT_TSC: u32 = 1 << 8;
 
@@ -428,11 +154,6 @@ const fn signature(host: u32) -> u32 {
     } else {
         host
     }
-}
-
-/// Bits that the numbers below `count` need: the shift of leaf 0xB.
-fn id_bits(count: u8) -> u32 {
-    u32::from(count.max(1)).next_power_of_two().trailing_zeros()
 }
 
 impl CpuidTable {
@@ -497,7 +218,7 @@ impl CpuidTable {
         }
         // Subleaf 1 of leaf 7 may not exist, and then answers anything.
         if host(7, 0).eax == 0 {
-            this.set_row(4, CpuidResult::default());
+            this.set_row(place::LEAF_7_SUB_1, CpuidResult::default());
         }
         this.limit(secondary);
         this.settle();
@@ -522,7 +243,6 @@ impl CpuidTable {
                 ..host
             },
             (7 | 0xd, 1) | (0x8000_0008, _) => eax_only(host.eax),
-            (0x15 | 0x16, _) => host,
             (0x4000_0000, _) => CpuidResult {
                 eax: 0x4000_0000,
                 ebx: HAXM,
@@ -540,8 +260,10 @@ impl CpuidTable {
                 ecx: L2_CACHE,
                 ..CpuidResult::default()
             },
-            // 0xA: no performance counter is virtualised. 0xD.0 and
-            // 0x80000008 are worked out in `settle`.
+            // 0xA: no performance counter is virtualised. 0xD is worked out in
+            // `settle`. 0x15 and 0x16: Linux takes the crystal's frequency for
+            // the APIC timer's, which is the client's business, so the host's
+            // would be wrong; SET_CPUID may give true ones.
             _ => CpuidResult::default(),
         }
     }
@@ -639,8 +361,8 @@ impl CpuidTable {
         }
         // The highest subleaf of leaf 7: 1 only where there is something in it.
         if self.word(Word::Leaf7Sub1Eax) == 0 {
-            let row = self.row(3);
-            self.set_row(3, CpuidResult { eax: 0, ..row });
+            let row = self.row(place::LEAF_7);
+            self.set_row(place::LEAF_7, CpuidResult { eax: 0, ..row });
         }
         let all = View {
             apic_id: 0,
@@ -648,10 +370,10 @@ impl CpuidTable {
             cr4: 0,
             xcr0: self.allowed_xcr0().bits(),
         };
-        self.set_row(6, self.xsave_leaf(0, &all));
-        self.set_row(7, self.xsave_leaf(1, &all));
-        let bits = (self.row(17).eax & 0xff).clamp(32, self.physical_bits);
-        self.set_row(17, eax_only(LINEAR_BITS << 8 | bits));
+        self.set_row(place::LEAF_D, self.xsave_leaf(0, &all));
+        self.set_row(place::LEAF_D_SUB_1, self.xsave_leaf(1, &all));
+        let bits = (self.row(place::EXTENDED_8).eax & 0xff).clamp(32, self.physical_bits);
+        self.set_row(place::EXTENDED_8, eax_only(LINEAR_BITS << 8 | bits));
     }
 
     /// XCR0 bits of the features in the table.
@@ -676,141 +398,12 @@ impl CpuidTable {
         for (word, value) in WORDS.into_iter().zip(&mut words) {
             *value = self.word(word);
         }
-        let cr4 = CR4_FEATURES
-            .into_iter()
-            .filter(|(_, feature)| self.has(*feature))
-            .fold(Cr4::empty(), |bits, (bit, _)| bits | bit);
-        Features {
+        Features::new(
             words,
-            xcr0: self.allowed_xcr0().bits(),
-            cr4: (cr4 & self.cr4).bits(),
-            physical_bits: self.row(17).eax as u8,
-        }
-    }
-
-    /// What CPUID with EAX = `leaf`, ECX = `subleaf` returns. A leaf that is
-    /// not there is all zero, as in HAXM.
-    #[must_use]
-    pub fn lookup(&self, leaf: u32, subleaf: u32, view: &View) -> CpuidResult {
-        match leaf {
-            0 | 0x8000_0000 => return self.row_of(leaf, 0),
-            1..0x4000_0000 if leaf > self.row(0).eax => return CpuidResult::default(),
-            0x8000_0001.. if leaf > self.row(11).eax => return CpuidResult::default(),
-            _ => {}
-        }
-        match leaf {
-            1 => self.leaf_1(view),
-            4 => self.cache_leaf(subleaf, view),
-            6 => eax_only(ARAT),
-            7 => self.row_of(7, subleaf),
-            0xb => topology_leaf(subleaf, view),
-            0xd => self.xsave_leaf(subleaf, view),
-            0x8000_0007 => CpuidResult {
-                edx: self.power,
-                ..CpuidResult::default()
-            },
-            _ => self.row_of(leaf, 0),
-        }
-    }
-
-    fn leaf_1(&self, view: &View) -> CpuidResult {
-        const OSXSAVE: u32 = 1 << 27;
-        let mut row = self.row(1);
-        // EBX[31:24]: initial APIC id. EBX[23:16]: ids reserved for the package.
-        let ids = 1u32.wrapping_shl(id_bits(view.vcpus)).min(0xff);
-        row.ebx = (row.ebx & 0xffff) | ids << 16 | u32::from(view.apic_id) << 24;
-        row.edx &= !Feature::HTT.mask();
-        if view.vcpus > 1 {
-            row.edx |= Feature::HTT.mask();
-        }
-        if view.cr4 & Cr4::OSXSAVE.bits() != 0 && self.has(Feature::XSAVE) {
-            row.ecx |= OSXSAVE;
-        }
-        row
-    }
-
-    /// The host's caches; each virtual processor is a core with its own L1 and
-    /// L2, and the last level is the package's.
-    fn cache_leaf(&self, subleaf: u32, view: &View) -> CpuidResult {
-        let place = usize::try_from(subleaf).unwrap_or(usize::MAX);
-        let mut cache = self.caches.get(place).copied().unwrap_or_default();
-        // EAX[4:0] = 0: no more caches.
-        if cache.eax & 0x1f == 0 {
-            return CpuidResult::default();
-        }
-        let ids = 1u32.wrapping_shl(id_bits(view.vcpus)).wrapping_sub(1);
-        let level = cache.eax >> 5 & 7;
-        let sharing = if level > 2 { ids } else { 0 };
-        cache.eax = (cache.eax & 0x3fff) | (sharing & 0xfff) << 14 | (ids & 0x3f) << 26;
-        cache
-    }
-
-    fn component(&self, number: u32) -> Option<Component> {
-        let place = usize::try_from(number.checked_sub(FIRST_COMPONENT)?).ok()?;
-        let is_there = self.allowed_xcr0().bits() & 1u64.checked_shl(number)? != 0;
-        let component = self.components.get(place).copied();
-        component.filter(|_| is_there)
-    }
-
-    /// Components of an XCR0, by number.
-    fn enabled(&self, xcr0: u64) -> impl Iterator<Item = Component> + '_ {
-        (FIRST_COMPONENT..)
-            .take(COMPONENTS)
-            .filter(move |number| xcr0 & 1u64.wrapping_shl(*number) != 0)
-            .filter_map(|number| self.component(number))
-    }
-
-    /// Bytes of the standard form, SDM 13.4.3 "Extended Region of an XSAVE Area".
-    fn standard_size(&self, xcr0: u64) -> u32 {
-        self.enabled(xcr0)
-            .map(|component| component.offset.saturating_add(component.size))
-            .fold(XSAVE_BASE_SIZE, u32::max)
-    }
-
-    /// Bytes of the compacted form, same section.
-    fn compacted_size(&self, xcr0: u64) -> u32 {
-        self.enabled(xcr0).fold(XSAVE_BASE_SIZE, |size, component| {
-            let start = if component.flags & 2 != 0 {
-                size.saturating_add(63) & !63
-            } else {
-                size
-            };
-            start.saturating_add(component.size)
-        })
-    }
-
-    /// SDM 13.2 "Enumeration of CPU Support for XSAVE Instructions and
-    /// XSAVE-Supported Features".
-    fn xsave_leaf(&self, subleaf: u32, view: &View) -> CpuidResult {
-        let allowed = self.allowed_xcr0().bits();
-        if allowed == 0 {
-            return CpuidResult::default();
-        }
-        match subleaf {
-            0 => CpuidResult {
-                eax: allowed as u32,
-                ebx: self.standard_size(view.xcr0),
-                ecx: self.standard_size(allowed),
-                edx: (allowed >> 32) as u32,
-            },
-            1 => CpuidResult {
-                eax: self.word(Word::LeafDSub1Eax),
-                ebx: if self.has(Feature::XSAVEC) {
-                    self.compacted_size(view.xcr0)
-                } else {
-                    0
-                },
-                ..CpuidResult::default()
-            },
-            number => self
-                .component(number)
-                .map_or(CpuidResult::default(), |it| CpuidResult {
-                    eax: it.size,
-                    ebx: it.offset,
-                    ecx: it.flags,
-                    edx: 0,
-                }),
-        }
+            self.allowed_xcr0().bits(),
+            self.cr4,
+            self.row(place::EXTENDED_8).eax as u8,
+        )
     }
 
     /// SET_CPUID: replaces each row that may be replaced and is in `entries`
@@ -904,23 +497,5 @@ impl CpuidTable {
             };
         }
         ROWS
-    }
-}
-
-/// Leaf 0xB: one thread per core, all cores in one package. SDM 9.9.2
-/// "Hierarchical Mapping of CPUID Extended Topology Leaf".
-fn topology_leaf(subleaf: u32, view: &View) -> CpuidResult {
-    const THREADS: u32 = 1 << 8;
-    const CORES: u32 = 2 << 8;
-    let (eax, ebx, level) = match subleaf {
-        0 => (0, 1, THREADS),
-        1 => (id_bits(view.vcpus), u32::from(view.vcpus.max(1)), CORES),
-        _ => (0, 0, 0),
-    };
-    CpuidResult {
-        eax,
-        ebx,
-        ecx: (subleaf & 0xff) | level,
-        edx: u32::from(view.apic_id),
     }
 }

@@ -178,8 +178,9 @@ pub const fn canonical(address: u64) -> bool {
 /// Whoever writes it: the processor would refuse the others on the way in.
 ///
 /// # Errors
-/// The value is not allowed: SDM vol. 2, WRMSR, "Protected Mode Exceptions".
-pub const fn accept(register: u32, value: u64) -> Result<u64, GpFault> {
+/// The value is not allowed (SDM vol. 2, WRMSR, "Protected Mode Exceptions"),
+/// or the guest has no such register.
+pub fn accept(register: u32, value: u64, features: &Features) -> Result<u64, GpFault> {
     let fits = match register {
         msr::IA32_FS_BASE
         | msr::IA32_GS_BASE
@@ -188,10 +189,12 @@ pub const fn accept(register: u32, value: u64) -> Result<u64, GpFault> {
         | msr::IA32_CSTAR
         | msr::IA32_SYSENTER_ESP
         | msr::IA32_SYSENTER_EIP => canonical(value),
-        msr::IA32_FMASK | msr::IA32_TSC_AUX => value >> 32 == 0,
+        msr::IA32_FMASK => value >> 32 == 0,
+        msr::IA32_TSC_AUX => has_tsc_aux(features) && value >> 32 == 0,
         // The VMCS field has 32 bits: the rest is not kept.
         msr::IA32_SYSENTER_CS => return Ok(value & 0xffff_ffff),
-        _ => true,
+        msr::IA32_STAR => true,
+        _ => false,
     };
     if fits { Ok(value) } else { Err(GpFault) }
 }

@@ -1,0 +1,310 @@
+//! What the processor can do, read once, and why it may not do.
+//!
+//! The requirements read top to bottom in [`examine`]; each refusal has a
+//! name that ends in the log and decides what user space is told.
+
+use crate::arch::control::{Entry, Exit, Pin, Primary, Secondary};
+use crate::arch::ept::EptVpidCaps;
+use crate::arch::msr;
+use crate::arch::vmx_caps::{ControlCaps, VmxBasic};
+use crate::cpu::Cpu;
+use core::fmt;
+
+/// Why this machine cannot run guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// CPUID.1:ECX.VMX is 0: the processor has no VT-x, or firmware hides it.
+    NoVmx,
+    /// CPUID.80000001H:EDX.NX is 0.
+    NoNx,
+    /// IA32_FEATURE_CONTROL is locked without VMXON outside SMX.
+    VmxLockedOff,
+    /// IA32_EFER.NXE is 0: the host runs without NX.
+    NxDisabled,
+    /// A control that everything here depends on cannot be set so.
+    Control {
+        /// Which control word.
+        word: &'static str,
+        /// Bits that must be 1 and cannot be.
+        missing: u32,
+        /// Bits that must be 0 and cannot be.
+        stuck: u32,
+    },
+    /// VMXON failed on a processor.
+    VmxonFailed,
+}
+
+impl Refusal {
+    /// The processor lacks it for good: the module does not load. The other
+    /// refusals let it load and say so when asked.
+    #[must_use]
+    pub const fn is_unsupported(self) -> bool {
+        matches!(self, Self::NoVmx | Self::NoNx)
+    }
+
+    /// NX rather than VT-x is what is missing.
+    #[must_use]
+    pub const fn is_nx(self) -> bool {
+        matches!(self, Self::NoNx | Self::NxDisabled)
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoVmx => f.write_str("the processor has no VT-x (CPUID.1:ECX.VMX is 0)"),
+            Self::NoNx => f.write_str("the processor has no NX (CPUID.80000001H:EDX.NX is 0)"),
+            Self::VmxLockedOff => {
+                f.write_str("VT-x is locked off by firmware (IA32_FEATURE_CONTROL)")
+            }
+            Self::NxDisabled => f.write_str("NX is disabled (IA32_EFER.NXE is 0)"),
+            Self::Control {
+                word,
+                missing,
+                stuck,
+            } => write!(
+                f,
+                "VMX {word} controls: bits {missing:#x} cannot be 1, bits {stuck:#x} cannot be 0"
+            ),
+            Self::VmxonFailed => f.write_str("VMXON failed on a processor"),
+        }
+    }
+}
+
+/// Controls of one word as we want them.
+struct Wanted {
+    word: &'static str,
+    /// Must be 1.
+    required: u32,
+    /// 1 if the processor can.
+    optional: u32,
+    /// Must be 0.
+    forbidden: u32,
+}
+
+impl Wanted {
+    /// SDM appendix A.3.1 "Pin-Based VM-Execution Controls": low half of the
+    /// capability = must be 1, high half = may be 1.
+    fn resolve(&self, caps: ControlCaps) -> Result<u32, Refusal> {
+        let missing = self.required & !caps.allowed();
+        let stuck = self.forbidden & caps.required();
+        if missing != 0 || stuck != 0 {
+            return Err(Refusal::Control {
+                word: self.word,
+                missing,
+                stuck,
+            });
+        }
+        Ok(caps.required() | self.required | (self.optional & caps.allowed()))
+    }
+}
+
+/// What this kind of processor offers; the same on every processor of a host.
+#[derive(Clone, Copy, Debug)]
+pub struct Caps {
+    /// IA32_VMX_BASIC.
+    pub basic: VmxBasic,
+    /// Pin-based controls to use.
+    pub pin: Pin,
+    /// Primary processor-based controls to use.
+    pub primary: Primary,
+    /// The monitor trap flag exists: single-stepping for a client's debugger.
+    pub has_monitor_trap: bool,
+    /// Secondary processor-based controls to use.
+    pub secondary: Secondary,
+    /// VM-exit controls to use.
+    pub exit: Exit,
+    /// VM-entry controls to use.
+    pub entry: Entry,
+    /// IA32_VMX_EPT_VPID_CAP; empty without EPT.
+    pub ept_vpid: EptVpidCaps,
+    /// CR0 bits that must be 1 in VMX operation.
+    pub cr0_fixed0: u64,
+    /// CR0 bits that may be 1 in VMX operation.
+    pub cr0_fixed1: u64,
+    /// CR4 bits that must be 1 in VMX operation.
+    pub cr4_fixed0: u64,
+    /// CR4 bits that may be 1 in VMX operation.
+    pub cr4_fixed1: u64,
+    /// Bits of a physical address, CPUID.80000008H:EAX\[7:0\].
+    pub physical_bits: u8,
+}
+
+impl Caps {
+    /// Guest memory is behind EPT. Without it no VM can be made.
+    #[must_use]
+    pub const fn has_ept(&self) -> bool {
+        self.secondary.contains(Secondary::ENABLE_EPT)
+    }
+
+    /// Real mode and unpaged protected mode run on the processor.
+    #[must_use]
+    pub const fn has_unrestricted_guest(&self) -> bool {
+        self.secondary.contains(Secondary::UNRESTRICTED_GUEST)
+    }
+
+    /// TLB entries are tagged.
+    #[must_use]
+    pub const fn has_vpid(&self) -> bool {
+        self.secondary.contains(Secondary::ENABLE_VPID)
+    }
+}
+
+const PIN: Wanted = Wanted {
+    word: "pin-based",
+    required: Pin::EXTERNAL_INTERRUPT_EXITING.bits() | Pin::NMI_EXITING.bits(),
+    optional: Pin::VIRTUAL_NMIS.bits(),
+    forbidden: 0,
+};
+
+const PRIMARY: Wanted = Wanted {
+    word: "primary processor-based",
+    required: Primary::USE_TSC_OFFSETTING.bits()
+        | Primary::HLT_EXITING.bits()
+        | Primary::MWAIT_EXITING.bits()
+        | Primary::RDPMC_EXITING.bits()
+        | Primary::CR8_LOAD_EXITING.bits()
+        | Primary::CR8_STORE_EXITING.bits()
+        | Primary::MOV_DR_EXITING.bits()
+        | Primary::UNCONDITIONAL_IO_EXITING.bits()
+        | Primary::USE_MSR_BITMAPS.bits()
+        | Primary::MONITOR_EXITING.bits(),
+    optional: Primary::ACTIVATE_SECONDARY.bits(),
+    forbidden: Primary::RDTSC_EXITING.bits() | Primary::MONITOR_TRAP_FLAG.bits(),
+};
+
+const SECONDARY: Wanted = Wanted {
+    word: "secondary processor-based",
+    required: 0,
+    optional: Secondary::ENABLE_EPT.bits()
+        | Secondary::ENABLE_VPID.bits()
+        | Secondary::UNRESTRICTED_GUEST.bits()
+        | Secondary::ENABLE_RDTSCP.bits()
+        | Secondary::ENABLE_INVPCID.bits(),
+    forbidden: Secondary::DESCRIPTOR_TABLE_EXITING.bits(),
+};
+
+// The interrupt that ends a run is left for the host to take, so it must not
+// be acknowledged by the exit.
+const EXIT: Wanted = Wanted {
+    word: "VM-exit",
+    required: Exit::HOST_ADDRESS_SPACE_SIZE.bits()
+        | Exit::LOAD_EFER.bits()
+        | Exit::LOAD_PAT.bits()
+        | Exit::SAVE_DEBUG_CONTROLS.bits(),
+    optional: 0,
+    forbidden: Exit::ACKNOWLEDGE_INTERRUPT.bits(),
+};
+
+const ENTRY: Wanted = Wanted {
+    word: "VM-entry",
+    required: Entry::LOAD_DEBUG_CONTROLS.bits() | Entry::LOAD_EFER.bits() | Entry::LOAD_PAT.bits(),
+    optional: 0,
+    forbidden: Entry::IA32E_MODE_GUEST.bits(),
+};
+
+/// Bits that EPT itself needs: a 4-level walk of write-back tables, and INVEPT.
+const EPT_NEEDED: EptVpidCaps = EptVpidCaps::WALK_4
+    .union(EptVpidCaps::MEMORY_TYPE_WB)
+    .union(EptVpidCaps::INVEPT)
+    .union(EptVpidCaps::INVEPT_ALL);
+
+/// Examines the processor that this runs on.
+///
+/// # Errors
+/// The first requirement that is not met.
+pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
+    // SDM 24.6 "Discovering Support for VMX".
+    if cpu.cpuid(1, 0).ecx & (1 << 5) == 0 {
+        return Err(Refusal::NoVmx);
+    }
+    // EPT entries and long-mode guests rest on NX.
+    let extended = cpu.cpuid(0x8000_0000, 0).eax;
+    if extended < 0x8000_0001 || cpu.cpuid(0x8000_0001, 0).edx & (1 << 20) == 0 {
+        return Err(Refusal::NoNx);
+    }
+    let read = |register| {
+        // SAFETY: SDM appendix A: with CPUID.VMX every register read through
+        // this closure exists, given the conditions checked before each use.
+        #[expect(unsafe_code)]
+        // UNSAFETY: RDMSR of registers that were just shown to exist.
+        unsafe {
+            cpu.rdmsr(register)
+        }
+    };
+    if read(msr::IA32_EFER) & crate::arch::reg::Efer::NXE.bits() == 0 {
+        return Err(Refusal::NxDisabled);
+    }
+    // SDM 24.7 "Enabling and Entering VMX Operation": unlocked is fine, we lock it.
+    let feature = read(msr::IA32_FEATURE_CONTROL);
+    if feature & msr::FEATURE_CONTROL_LOCKED != 0 && feature & msr::FEATURE_CONTROL_VMXON == 0 {
+        return Err(Refusal::VmxLockedOff);
+    }
+
+    let basic = VmxBasic::from_bits_retain(read(msr::IA32_VMX_BASIC));
+    // SDM appendix A.2: the TRUE registers tell which default-1 bits may be 0.
+    let word = |plain, exact| {
+        let register = if basic.contains(VmxBasic::TRUE_CONTROLS) {
+            exact
+        } else {
+            plain
+        };
+        ControlCaps(read(register))
+    };
+    let pin = PIN.resolve(word(
+        msr::IA32_VMX_PINBASED_CTLS,
+        msr::IA32_VMX_TRUE_PINBASED_CTLS,
+    ))?;
+    let primary_caps = word(
+        msr::IA32_VMX_PROCBASED_CTLS,
+        msr::IA32_VMX_TRUE_PROCBASED_CTLS,
+    );
+    let primary = PRIMARY.resolve(primary_caps)?;
+    let exit = EXIT.resolve(word(msr::IA32_VMX_EXIT_CTLS, msr::IA32_VMX_TRUE_EXIT_CTLS))?;
+    let entry = ENTRY.resolve(word(
+        msr::IA32_VMX_ENTRY_CTLS,
+        msr::IA32_VMX_TRUE_ENTRY_CTLS,
+    ))?;
+    let primary = Primary::from_bits_retain(primary);
+    let mut secondary = Secondary::empty();
+    if primary.contains(Primary::ACTIVATE_SECONDARY) {
+        let caps = ControlCaps(read(msr::IA32_VMX_PROCBASED_CTLS2));
+        secondary = Secondary::from_bits_retain(SECONDARY.resolve(caps)?);
+    }
+    let mut ept_vpid = EptVpidCaps::empty();
+    // SDM appendix A.10: the register exists with either control.
+    if secondary.intersects(Secondary::ENABLE_EPT | Secondary::ENABLE_VPID) {
+        ept_vpid = EptVpidCaps::from_bits_retain(read(msr::IA32_VMX_EPT_VPID_CAP));
+    }
+    if !ept_vpid.contains(EPT_NEEDED) {
+        secondary.remove(Secondary::ENABLE_EPT);
+    }
+    // SDM 27.2.1.1 "VM-Execution Control Fields": unrestricted guest needs EPT.
+    if !secondary.contains(Secondary::ENABLE_EPT) {
+        secondary.remove(Secondary::UNRESTRICTED_GUEST);
+    }
+    // Recycling a VPID needs a way to flush it.
+    if !ept_vpid.contains(EptVpidCaps::INVVPID | EptVpidCaps::INVVPID_ALL) {
+        secondary.remove(Secondary::ENABLE_VPID);
+    }
+    let physical_bits = if extended >= 0x8000_0008 {
+        (cpu.cpuid(0x8000_0008, 0).eax & 0xff) as u8
+    } else {
+        36
+    };
+    Ok(Caps {
+        basic,
+        pin: Pin::from_bits_retain(pin),
+        primary,
+        has_monitor_trap: primary_caps.allowed() & Primary::MONITOR_TRAP_FLAG.bits() != 0,
+        secondary,
+        exit: Exit::from_bits_retain(exit),
+        entry: Entry::from_bits_retain(entry),
+        ept_vpid,
+        cr0_fixed0: read(msr::IA32_VMX_CR0_FIXED0),
+        cr0_fixed1: read(msr::IA32_VMX_CR0_FIXED1),
+        cr4_fixed0: read(msr::IA32_VMX_CR4_FIXED0),
+        cr4_fixed1: read(msr::IA32_VMX_CR4_FIXED1),
+        physical_bits,
+    })
+}

@@ -1,0 +1,382 @@
+//! VMX operation on every processor, and which VMCS is where.
+//!
+//! VMXON happens once per processor when the first VM appears, VMXOFF when
+//! the last one goes. If another hypervisor holds a processor in VMX
+//! operation already (CR4.VMXE is set), we work inside its VMX operation: its
+//! current VMCS is put back before interrupts are possible again, and ours is
+//! clear by then, so neither can tell that the other was there.
+// UNSAFETY: executes VMXON, VMXOFF, VMCLEAR and VMPTRLD by the rules kept here.
+#![expect(unsafe_code)]
+
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use crate::arch::addr::Hpa;
+use crate::arch::ept::{InveptKind, InvvpidKind};
+use crate::arch::msr;
+use crate::arch::reg::Cr4;
+use crate::caps::Caps;
+use crate::cpu::Cpu;
+use crate::fallible::{NoMemory, TryPush};
+use crate::host::{Host, InterruptsOff, OwnedPage, Pinned};
+
+/// Most VMCSs at a time: 64 VMs of 16 vCPUs, the interface's limits.
+pub const MAX_VMCS: usize = 64 * 16;
+
+/// No processor.
+const NOWHERE: usize = usize::MAX;
+
+struct PerCpu<H: Host> {
+    /// The VMXON region.
+    region: OwnedPage<H>,
+    /// We executed VMXON here.
+    ours: AtomicBool,
+    /// The VMCS of ours that is current here; 0 if none is.
+    current: AtomicU64,
+}
+
+/// Where one VMCS is active.
+struct Active {
+    /// Its physical address; 0 while the place is free.
+    vmcs: AtomicU64,
+    /// The processor that may hold parts of it in its caches, or [`NOWHERE`].
+    cpu: AtomicUsize,
+}
+
+/// VMX operation of this machine.
+pub struct Operation<H: Host> {
+    host: H,
+    cpus: Vec<PerCpu<H>>,
+    active: Vec<Active>,
+    /// Some VM exists: processors that come online enter VMX operation.
+    wanted: AtomicBool,
+}
+
+/// A place in the table of active VMCSs, one per vCPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place(pub usize);
+
+/// VMX operation could not be entered, or a VMCS not be loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotLoaded;
+
+impl<H: Host> Operation<H> {
+    /// Makes the tables, and a VMXON region for every processor.
+    ///
+    /// # Errors
+    /// [`NoMemory`].
+    pub fn new(host: &H, caps: &Caps) -> Result<Self, NoMemory> {
+        let mut cpus = Vec::new();
+        for _ in 0..host.cpu_limit() {
+            let region = OwnedPage::new(host)?;
+            write_revision(&region, caps);
+            cpus.try_push(PerCpu {
+                region,
+                ours: AtomicBool::new(false),
+                current: AtomicU64::new(0),
+            })?;
+        }
+        let mut active = Vec::new();
+        for _ in 0..MAX_VMCS {
+            active.try_push(Active {
+                vmcs: AtomicU64::new(0),
+                cpu: AtomicUsize::new(NOWHERE),
+            })?;
+        }
+        Ok(Self {
+            host: host.clone(),
+            cpus,
+            active,
+            wanted: AtomicBool::new(false),
+        })
+    }
+
+    /// Enters VMX operation on every running processor.
+    ///
+    /// # Errors
+    /// [`NotLoaded`] if a processor refused; then none is left in it by us.
+    pub fn start(&self) -> Result<(), NotLoaded> {
+        self.wanted.store(true, Ordering::SeqCst);
+        let failed = AtomicBool::new(false);
+        self.host.run_on_all(&|| {
+            if self.enter_here().is_err() {
+                failed.store(true, Ordering::SeqCst);
+            }
+        });
+        if failed.load(Ordering::SeqCst) {
+            self.stop();
+            return Err(NotLoaded);
+        }
+        Ok(())
+    }
+
+    /// Leaves VMX operation wherever we entered it.
+    pub fn stop(&self) {
+        self.wanted.store(false, Ordering::SeqCst);
+        self.host.run_on_all(&|| self.leave_here());
+    }
+
+    /// A processor came online, or woke. Called on it, unable to migrate.
+    pub fn cpu_online(&self) {
+        if self.wanted.load(Ordering::SeqCst) {
+            let _off = InterruptsOff::new(&self.host);
+            // A failure shows again, as an error, at the first load here.
+            let _ = self.enter_here();
+        }
+    }
+
+    /// A processor is about to go offline or to sleep. Called on it, unable
+    /// to migrate: everything of ours leaves it.
+    pub fn cpu_offline(&self) {
+        let _off = InterruptsOff::new(&self.host);
+        self.leave_here();
+    }
+
+    /// VMXON here, unless this processor is in VMX operation already.
+    /// Interrupts are off.
+    fn enter_here(&self) -> Result<(), NotLoaded> {
+        let cpu = self.host.cpu();
+        let Some(here) = self.cpus.get(self.host.current_cpu()) else {
+            return Err(NotLoaded);
+        };
+        if cpu.cr4() & Cr4::VMXE.bits() != 0 {
+            // Ours from before, or another hypervisor's: both will do.
+            return Ok(());
+        }
+        // SAFETY: the register exists on every processor with VMX.
+        let feature = unsafe { cpu.rdmsr(msr::IA32_FEATURE_CONTROL) };
+        if feature & msr::FEATURE_CONTROL_LOCKED == 0 {
+            let value = feature | msr::FEATURE_CONTROL_LOCKED | msr::FEATURE_CONTROL_VMXON;
+            // SAFETY: SDM 24.7: an unlocked register takes the lock and the
+            // VMXON bit; firmware left the choice to us.
+            unsafe { cpu.wrmsr(msr::IA32_FEATURE_CONTROL, value) };
+        } else if feature & msr::FEATURE_CONTROL_VMXON == 0 {
+            return Err(NotLoaded);
+        }
+        // SAFETY: pinned, and not in VMX operation.
+        unsafe { self.host.set_vmxe(true) };
+        // SAFETY: the region is ours, has the revision, and lives as long as self.
+        if unsafe { cpu.vmxon(here.region.physical()) }.is_err() {
+            // SAFETY: VMXON failed, so we are not in VMX operation.
+            unsafe { self.host.set_vmxe(false) };
+            return Err(NotLoaded);
+        }
+        here.ours.store(true, Ordering::SeqCst);
+        here.current.store(0, Ordering::SeqCst);
+        // A VPID or EPTP may be one that another hypervisor used before.
+        // SAFETY: in VMX operation.
+        let _ = unsafe { cpu.invept(InveptKind::All, 0) };
+        // SAFETY: in VMX operation.
+        let _ = unsafe { cpu.invvpid(InvvpidKind::All, 0, 0) };
+        Ok(())
+    }
+
+    /// VMCLEARs everything of ours that is active here, then VMXOFF if the
+    /// VMXON was ours. Interrupts are off.
+    fn leave_here(&self) {
+        let number = self.host.current_cpu();
+        let Some(here) = self.cpus.get(number) else {
+            return;
+        };
+        if !here.ours.load(Ordering::SeqCst) {
+            return;
+        }
+        for active in &self.active {
+            if active.cpu.load(Ordering::SeqCst) == number {
+                self.clear_here(active);
+            }
+        }
+        here.current.store(0, Ordering::SeqCst);
+        here.ours.store(false, Ordering::SeqCst);
+        // SAFETY: our VMXON; nothing of ours is active here any more.
+        let _ = unsafe { self.host.cpu().vmxoff() };
+        // SAFETY: no longer in VMX operation.
+        unsafe { self.host.set_vmxe(false) };
+    }
+
+    /// VMCLEAR of one VMCS on the processor that has it. Interrupts are off.
+    fn clear_here(&self, active: &Active) {
+        let vmcs = active.vmcs.load(Ordering::SeqCst);
+        if vmcs != 0 {
+            // SAFETY: in VMX operation: a VMCS is active only where that holds;
+            // the region stays until `release`.
+            let _ = unsafe { self.host.cpu().vmclear(Hpa(vmcs)) };
+            if let Some(here) = self.cpus.get(self.host.current_cpu()) {
+                let _ = here
+                    .current
+                    .compare_exchange(vmcs, 0, Ordering::SeqCst, Ordering::SeqCst);
+            }
+        }
+        active.cpu.store(NOWHERE, Ordering::SeqCst);
+    }
+
+    /// Takes a place for a VMCS and brings it to the clear state at its first
+    /// load. `None` if all are taken.
+    pub fn reserve(&self, vmcs: Hpa) -> Option<Place> {
+        let taken = |a: &Active| {
+            a.vmcs
+                .compare_exchange(0, vmcs.0, Ordering::SeqCst, Ordering::SeqCst)
+                .is_ok()
+        };
+        self.active.iter().position(taken).map(Place)
+    }
+
+    /// Takes the VMCS from whichever processor has it and frees its place.
+    pub fn release(&self, place: Place) {
+        self.evict(place);
+        if let Some(active) = self.active.get(place.0) {
+            active.vmcs.store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// VMCLEARs the VMCS wherever it is active. Not with interrupts off.
+    fn evict(&self, place: Place) {
+        let Some(active) = self.active.get(place.0) else {
+            return;
+        };
+        let cpu = active.cpu.load(Ordering::SeqCst);
+        if cpu == NOWHERE {
+            return;
+        }
+        // If it goes offline meanwhile, `leave_here` clears it there.
+        let _ = self.host.run_on(cpu, &|| {
+            if active.cpu.load(Ordering::SeqCst) == self.host.current_cpu() {
+                self.clear_here(active);
+            }
+        });
+    }
+
+    /// Makes a VMCS current on this processor until the loan is dropped.
+    /// `fresh` is set if it has to be launched and its per-processor host
+    /// state written: it was not active here before.
+    ///
+    /// # Errors
+    /// [`NotLoaded`]: the processor refused VMXON or VMPTRLD.
+    pub fn load<'a>(
+        &'a self,
+        pinned: &'a Pinned<'a, H>,
+        place: Place,
+    ) -> Result<Loan<'a, H>, NotLoaded> {
+        let active = self.active.get(place.0).ok_or(NotLoaded)?;
+        let number = pinned.cpu_number();
+        let here = self.cpus.get(number).ok_or(NotLoaded)?;
+        let was = active.cpu.load(Ordering::SeqCst);
+        if was != number {
+            self.evict(place);
+        }
+        let off = InterruptsOff::new(&self.host);
+        if !here.ours.load(Ordering::Relaxed) {
+            return self.load_borrowed(active, here, off);
+        }
+        let vmcs = active.vmcs.load(Ordering::SeqCst);
+        let fresh = active.cpu.load(Ordering::SeqCst) != number;
+        if fresh {
+            // SDM 25.11.3 "Initializing a VMCS": VMCLEAR before the first use.
+            // SAFETY: in VMX operation; the region is a reserved VMCS, active nowhere.
+            unsafe { self.host.cpu().vmclear(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
+        }
+        if fresh || here.current.load(Ordering::Relaxed) != vmcs {
+            // SAFETY: in VMX operation; not active on another processor.
+            unsafe { self.host.cpu().vmptrld(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
+            here.current.store(vmcs, Ordering::SeqCst);
+            active.cpu.store(number, Ordering::SeqCst);
+        }
+        Ok(Loan {
+            operation: self,
+            fresh,
+            borrowed: None,
+            _off: off,
+        })
+    }
+
+    /// [`Operation::load`] inside another hypervisor's VMX operation.
+    fn load_borrowed<'a>(
+        &'a self,
+        active: &'a Active,
+        here: &'a PerCpu<H>,
+        off: InterruptsOff<'a, H>,
+    ) -> Result<Loan<'a, H>, NotLoaded> {
+        let cpu = self.host.cpu();
+        self.enter_here()?;
+        let ours = here.ours.load(Ordering::Relaxed);
+        // SAFETY: in VMX operation: `enter_here` returned.
+        let theirs = if ours { None } else { unsafe { cpu.vmptrst() } };
+        let vmcs = active.vmcs.load(Ordering::SeqCst);
+        // SAFETY: in VMX operation; reserved and active nowhere: a borrowed loan
+        // always ends clear.
+        unsafe { cpu.vmclear(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
+        // SAFETY: as above.
+        unsafe { cpu.vmptrld(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
+        if ours {
+            here.current.store(vmcs, Ordering::SeqCst);
+            active.cpu.store(self.host.current_cpu(), Ordering::SeqCst);
+        } else {
+            // Translations under our EPTP and VPID may be the other hypervisor's.
+            // SAFETY: in VMX operation.
+            let _ = unsafe { cpu.invept(InveptKind::All, 0) };
+            // SAFETY: in VMX operation.
+            let _ = unsafe { cpu.invvpid(InvvpidKind::All, 0, 0) };
+        }
+        Ok(Loan {
+            operation: self,
+            fresh: true,
+            borrowed: (!ours).then_some(Borrowed {
+                ours: Hpa(vmcs),
+                theirs,
+            }),
+            _off: off,
+        })
+    }
+}
+
+/// What to put back when the VMX operation is another hypervisor's.
+struct Borrowed {
+    ours: Hpa,
+    theirs: Option<Hpa>,
+}
+
+/// A VMCS is current on this processor, interrupts are off.
+pub struct Loan<'a, H: Host> {
+    operation: &'a Operation<H>,
+    fresh: bool,
+    borrowed: Option<Borrowed>,
+    _off: InterruptsOff<'a, H>,
+}
+
+impl<H: Host> Loan<'_, H> {
+    /// It was not active here before: launch it, and write the host state
+    /// that belongs to the processor.
+    #[must_use]
+    pub fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+}
+
+impl<H: Host> Drop for Loan<'_, H> {
+    fn drop(&mut self) {
+        let Some(borrowed) = &self.borrowed else {
+            return;
+        };
+        let cpu = self.operation.host.cpu();
+        // SAFETY: interrupts have been off since the load, so the other
+        // hypervisor's VMX operation still stands.
+        let _ = unsafe { cpu.vmclear(borrowed.ours) };
+        // Translations tagged with our EPTP and VPID must not meet theirs.
+        // SAFETY: in VMX operation.
+        let _ = unsafe { cpu.invept(InveptKind::All, 0) };
+        // SAFETY: in VMX operation.
+        let _ = unsafe { cpu.invvpid(InvvpidKind::All, 0, 0) };
+        if let Some(theirs) = borrowed.theirs {
+            // SAFETY: it was current here when we came.
+            let _ = unsafe { cpu.vmptrld(theirs) };
+        }
+    }
+}
+
+/// Writes the VMCS revision identifier to the start of a region,
+/// SDM 25.2 "Format of the VMCS Region".
+pub fn write_revision<H: Host>(region: &OwnedPage<H>, caps: &Caps) {
+    let word = region.pointer().cast::<u32>();
+    // SAFETY: the page is ours, page aligned, and not in use by the processor yet.
+    unsafe { word.write_volatile(caps.basic.revision()) };
+}

@@ -1,0 +1,527 @@
+//! Executing one guest instruction in software: the vCPU as the emulator's
+//! [`Machine`].
+
+use abi::tunnel::{ExitStatus, IoDirection, IoFlags, TunnelIo};
+use core::cell::Cell;
+use zerocopy::IntoBytes;
+
+use super::extended::Extended;
+use super::handle::{self, Next, Work};
+use super::registers::Registers;
+use super::state::{self, SegmentFields};
+use super::vmcs::Current;
+use super::{Inner, Vcpu};
+use crate::Error;
+use crate::arch::addr::{Gpa, Gva, PAGE_SIZE};
+use crate::arch::event::{Exception, PageFault, vector};
+use crate::arch::field;
+use crate::arch::reg::{Cr0, Cr4, Rflags};
+use crate::arch::segment::AccessRights;
+use crate::emulate::{
+    self, Access, Backing, DecodeError, Fault, Gpr, Insn, MAX_INSN_LEN, Machine, MmioLog, Mode,
+    Seg, SegmentState, Step,
+};
+use crate::host::Host;
+use crate::memory::walk::{self, Paging, WalkAccess, WalkFault};
+use crate::memory::{self, AccessError};
+
+/// The instruction under way, if one waits for the client.
+pub struct Emulation {
+    insn: Option<Insn>,
+    log: MmioLog,
+}
+
+impl Emulation {
+    /// None under way.
+    pub const fn new() -> Self {
+        Self {
+            insn: None,
+            log: MmioLog::new(),
+        }
+    }
+
+    /// An instruction waits to be continued.
+    pub fn is_under_way(&self) -> bool {
+        self.insn.is_some()
+    }
+
+    /// The client has served the request; a read returned `value`.
+    pub fn answer(&mut self, value: u64) {
+        self.log.answer(value);
+    }
+
+    /// The instruction will not be continued.
+    pub fn abandon(&mut self) {
+        self.insn = None;
+        self.log.clear();
+    }
+}
+
+/// Why guest memory could not be used in the middle of an instruction.
+#[derive(Clone, Copy, Debug)]
+enum Blocked {
+    Protected { gpa: Gpa, write: bool },
+    Again,
+    Interrupted,
+    Broken(Error),
+}
+
+/// The registers that live in the VMCS, read once for an instruction.
+struct Snapshot {
+    paging: Paging,
+    mode: Mode,
+    segments: [SegmentState; 6],
+}
+
+const SEGMENTS: [SegmentFields; 6] = [
+    state::ES,
+    state::CS,
+    state::SS,
+    state::DS,
+    state::FS,
+    state::GS,
+];
+
+impl Snapshot {
+    fn read<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> Self {
+        inner.registers.know_all(current);
+        let cr0 = inner.modes.cr0(current);
+        let cr4 = inner.modes.cr4(current);
+        let mut segments = [SegmentState::default(); 6];
+        for (slot, fields) in segments.iter_mut().zip(SEGMENTS) {
+            let value = fields.read(current);
+            *slot = SegmentState {
+                selector: value.selector,
+                base: value.base,
+                limit: value.limit,
+                access: value.ar,
+            };
+        }
+        let rights = |seg: Seg| {
+            let access = segments.get(seg.number()).map_or(0, |s| s.access);
+            AccessRights::from_bits_retain(access)
+        };
+        let code = rights(Seg::Cs);
+        let rflags = inner.registers.known_rflags();
+        let protected = cr0 & Cr0::PE.bits() != 0;
+        // SDM 25.4.1 "Guest Register State": SS.DPL is the CPL.
+        let cpl = match protected {
+            false => 0,
+            true if rflags & Rflags::VM.bits() != 0 => 3,
+            true => rights(Seg::Ss).dpl(),
+        };
+        let mode = if inner.modes.is_long_mode() && code.contains(AccessRights::LONG) {
+            Mode::Bits64
+        } else if code.contains(AccessRights::DB) {
+            Mode::Bits32
+        } else {
+            Mode::Bits16
+        };
+        let pdptes = inner.modes.uses_pdptes().then(|| {
+            [
+                current.read(field::GUEST_PDPTE0),
+                current.read(field::GUEST_PDPTE1),
+                current.read(field::GUEST_PDPTE2),
+                current.read(field::GUEST_PDPTE3),
+            ]
+        });
+        Self {
+            paging: Paging {
+                cr0,
+                cr3: current.read(field::GUEST_CR3),
+                cr4,
+                efer: inner.modes.efer(),
+                ac: rflags & Rflags::AC.bits() != 0,
+                cpl,
+                pdptes,
+                address_bits: inner.features.physical_bits(),
+                pages_1g: inner.features.has(super::cpuid::Feature::PAGE1GB),
+            },
+            mode,
+            segments,
+        }
+    }
+}
+
+/// The vCPU while one of its instructions is executed in software.
+struct Virtual<'a, H: Host> {
+    vcpu: &'a Vcpu<H>,
+    registers: &'a mut Registers,
+    extended: &'a mut Extended<H>,
+    snapshot: Snapshot,
+    blocked: Cell<Option<Blocked>>,
+}
+
+impl<H: Host> Virtual<'_, H> {
+    fn block(&self, blocked: Blocked) -> Fault {
+        self.blocked.set(Some(blocked));
+        Fault::Blocked
+    }
+
+    /// An access to RAM that was RAM a moment ago.
+    fn refused(&self, error: AccessError, write: bool) -> Fault {
+        self.block(match error {
+            // The map changed under the instruction: look again.
+            AccessError::Mmio(_) | AccessError::RomWrite(_) => Blocked::Again,
+            AccessError::Protected(gpa) => Blocked::Protected { gpa, write },
+            AccessError::Host(Error::Interrupted) => Blocked::Interrupted,
+            AccessError::Host(error) => Blocked::Broken(error),
+        })
+    }
+
+    fn walk(&self, linear: u64, access: WalkAccess, cpl: u8) -> Result<u64, Fault> {
+        let paging = Paging {
+            cpl,
+            ..self.snapshot.paging
+        };
+        let memory = self.vcpu.guest().memory();
+        let fault = match walk::translate(memory, &paging, Gva(linear), access) {
+            Ok(translation) => return Ok(translation.gpa.0),
+            Err(fault) => fault,
+        };
+        Err(match fault {
+            WalkFault::Guest(exception) => Fault::Exception(for_emulator(exception)),
+            WalkFault::Hole(gpa) => {
+                // Nothing answers there, so the entry reads as all ones, and
+                // its reserved bits are set.
+                log::warn!("guest paging structure at {gpa:?}, where no memory is");
+                let mut code = PageFault::PRESENT | PageFault::RESERVED;
+                code.set(PageFault::WRITE, access.write);
+                code.set(PageFault::USER, cpl == 3);
+                Fault::Exception(for_emulator(Exception::page_fault(linear, code)))
+            }
+            WalkFault::Protected(gpa) => self.block(Blocked::Protected { gpa, write: false }),
+            WalkFault::Retry => self.block(Blocked::Again),
+            WalkFault::Host(Error::Interrupted) => self.block(Blocked::Interrupted),
+            WalkFault::Host(error) => self.block(Blocked::Broken(error)),
+        })
+    }
+
+    /// Reads the bytes of the instruction at RIP: at least `wanted` of them,
+    /// as many as lie in the page where that is enough. Returns how many.
+    fn fetch(&self, bytes: &mut [u8; MAX_INSN_LEN], wanted: usize) -> Result<usize, Fault> {
+        let code = self.segment(Seg::Cs);
+        let start = self.registers.known_rip();
+        let mut have = 0usize;
+        while have < wanted {
+            let offset = start.wrapping_add(have as u64);
+            let linear = if self.snapshot.mode == Mode::Bits64 {
+                offset
+            } else {
+                code.base.wrapping_add(offset & 0xffff_ffff) & 0xffff_ffff
+            };
+            let access = WalkAccess {
+                fetch: true,
+                ..WalkAccess::default()
+            };
+            let gpa = Gpa(self.walk(linear, access, self.snapshot.paging.cpl)?);
+            let in_page = PAGE_SIZE.wrapping_sub(gpa.page_offset());
+            let end = have
+                .saturating_add(usize::try_from(in_page).unwrap_or(0))
+                .min(MAX_INSN_LEN);
+            let Some(part) = bytes.get_mut(have..end) else {
+                break;
+            };
+            let memory = self.vcpu.guest().memory();
+            memory.read(gpa, part).map_err(|error| match error {
+                AccessError::Mmio(_) => Fault::Exception(emulate::Exception::INVALID_OPCODE),
+                other => self.refused(other, false),
+            })?;
+            have = end;
+        }
+        Ok(have)
+    }
+
+    fn decode(&self) -> Result<Insn, Fault> {
+        let mut bytes = [0; MAX_INSN_LEN];
+        let mut have = self.fetch(&mut bytes, 1)?;
+        loop {
+            let known = bytes.get(..have).unwrap_or_default();
+            let error = match emulate::decode(known, self.snapshot.mode) {
+                Ok(insn) => return Ok(insn),
+                Err(error) => error,
+            };
+            match error {
+                DecodeError::TooShort if have < MAX_INSN_LEN => {
+                    have = self.fetch(&mut bytes, have.saturating_add(1))?;
+                }
+                DecodeError::TooShort | DecodeError::TooLong => {
+                    return Err(Fault::Exception(emulate::Exception::PROTECTION));
+                }
+                DecodeError::Unsupported => {
+                    log::warn!("instruction not emulated: {known:02x?}");
+                    return Err(Fault::Exception(emulate::Exception::INVALID_OPCODE));
+                }
+            }
+        }
+    }
+}
+
+/// The emulator has its own type, so that it depends on nothing.
+const fn for_emulator(exception: Exception) -> emulate::Exception {
+    emulate::Exception {
+        vector: exception.vector,
+        error_code: exception.error_code,
+        cr2: exception.cr2,
+    }
+}
+
+const fn for_guest(exception: emulate::Exception) -> Exception {
+    Exception {
+        vector: exception.vector,
+        error_code: exception.error_code,
+        cr2: exception.cr2,
+    }
+}
+
+impl<H: Host> Machine for Virtual<'_, H> {
+    fn gpr(&self, reg: Gpr) -> u64 {
+        self.registers.known_gpr(reg.number())
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "numbers are below 16")]
+    fn set_gpr(&mut self, reg: Gpr, value: u64) {
+        self.registers.set(reg.number() as u8, value);
+    }
+
+    fn rip(&self) -> u64 {
+        self.registers.known_rip()
+    }
+
+    fn set_rip(&mut self, value: u64) {
+        self.registers.set_rip(value);
+    }
+
+    fn rflags(&self) -> u64 {
+        self.registers.known_rflags()
+    }
+
+    fn set_rflags(&mut self, value: u64) {
+        self.registers.set_rflags(value);
+    }
+
+    fn cr0(&self) -> u64 {
+        self.snapshot.paging.cr0
+    }
+
+    fn cr4(&self) -> u64 {
+        self.snapshot.paging.cr4
+    }
+
+    fn xcr0(&self) -> u64 {
+        self.extended.xcr0()
+    }
+
+    fn cpl(&self) -> u8 {
+        self.snapshot.paging.cpl
+    }
+
+    fn wide_linear(&self) -> bool {
+        self.snapshot.paging.cr4 & Cr4::LA57.bits() != 0
+    }
+
+    fn segment(&self, seg: Seg) -> SegmentState {
+        self.snapshot
+            .segments
+            .get(seg.number())
+            .copied()
+            .unwrap_or_default()
+    }
+
+    fn vector(&self, index: u8) -> [u8; 32] {
+        self.extended.vector(index)
+    }
+
+    fn set_vector(&mut self, index: u8, value: [u8; 32], clear_above: bool) {
+        self.extended.set_vector(index, &value, clear_above);
+    }
+
+    fn translate(&mut self, linear: u64, access: Access) -> Result<u64, Fault> {
+        let cpl = if access.user {
+            3
+        } else {
+            self.snapshot.paging.cpl.min(2)
+        };
+        let wanted = WalkAccess {
+            write: access.write,
+            ..WalkAccess::default()
+        };
+        self.walk(linear, wanted, cpl)
+    }
+
+    fn backing(&mut self, gpa: u64, write: bool) -> Result<Backing, Fault> {
+        match self.vcpu.guest().memory().check(Gpa(gpa), 1, write) {
+            Ok(()) => Ok(Backing::Ram),
+            Err(AccessError::Mmio(_) | AccessError::RomWrite(_)) => Ok(Backing::Mmio),
+            Err(error) => Err(self.refused(error, write)),
+        }
+    }
+
+    fn read_ram(&mut self, gpa: u64, into: &mut [u8]) -> Result<(), Fault> {
+        let result = self.vcpu.guest().memory().read(Gpa(gpa), into);
+        result.map_err(|error| self.refused(error, false))
+    }
+
+    fn write_ram(&mut self, gpa: u64, from: &[u8]) -> Result<(), Fault> {
+        let result = self.vcpu.guest().memory().write(Gpa(gpa), from);
+        result.map_err(|error| self.refused(error, true))
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "at most 8 bytes")]
+    fn compare_exchange(&mut self, gpa: u64, len: u8, old: u128, new: u128) -> Result<bool, Fault> {
+        let memory = self.vcpu.guest().memory();
+        if len <= 8 && Gpa(gpa).is_aligned(u64::from(len)) {
+            let found = memory
+                .compare_exchange(Gpa(gpa), len, old as u64, new as u64)
+                .map_err(|error| self.refused(error, true))?;
+            return Ok(u128::from(found) == old);
+        }
+        // Unaligned, or 16 bytes: not one access towards other vCPUs. Such an
+        // operand reaches the emulator only beside device memory.
+        let mut bytes = [0; 16];
+        let found = bytes.get_mut(..usize::from(len)).unwrap_or_default();
+        memory
+            .read(Gpa(gpa), found)
+            .map_err(|error| self.refused(error, true))?;
+        if u128::from_le_bytes(bytes) != old {
+            return Ok(false);
+        }
+        let bytes = new.to_le_bytes();
+        let stored = bytes.get(..usize::from(len)).unwrap_or_default();
+        memory
+            .write(Gpa(gpa), stored)
+            .map_err(|error| self.refused(error, true))?;
+        Ok(true)
+    }
+
+    fn read_port_buffer(&mut self, offset: usize, into: &mut [u8]) {
+        self.vcpu.channel.read_buffer(offset, into);
+    }
+
+    fn write_port_buffer(&mut self, offset: usize, from: &[u8]) {
+        self.vcpu.channel.write_buffer(offset, from);
+    }
+
+    fn should_pause(&self) -> bool {
+        self.vcpu.guest().host().event_pending()
+    }
+}
+
+impl<H: Host> Vcpu<H> {
+    /// Executes the instruction at RIP, or continues the one under way.
+    ///
+    /// # Errors
+    /// [`Error::Fault`]: the VMCS could not be loaded.
+    pub(super) fn emulate(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
+        let snapshot = self.with_vmcs(inner, |current, inner| Snapshot::read(inner, current))?;
+        let known = inner.emulation.insn;
+        let mut machine = Virtual {
+            vcpu: self,
+            registers: &mut inner.registers,
+            extended: &mut inner.extended,
+            snapshot,
+            blocked: Cell::new(None),
+        };
+        let insn = match known {
+            Some(insn) => Ok(insn),
+            None => machine.decode(),
+        };
+        let step = match insn {
+            Ok(insn) => {
+                let step = emulate::execute(&insn, &mut machine, &mut inner.emulation.log);
+                inner.emulation.insn = Some(insn);
+                step
+            }
+            Err(Fault::Exception(exception)) => Step::Fault(exception),
+            Err(Fault::Blocked) => Step::Blocked,
+        };
+        let blocked = machine.blocked.get();
+        Ok(self.act(inner, step, blocked))
+    }
+
+    fn act(&self, inner: &mut Inner<H>, step: Step, blocked: Option<Blocked>) -> Next {
+        match step {
+            Step::Done => {
+                inner.emulation.insn = None;
+                inner.completed = true;
+                Next::Resume
+            }
+            Step::Again => {
+                inner.emulation.insn = None;
+                Next::Resume
+            }
+            Step::Read { gpa, size } => {
+                self.channel.set_fast_mmio(gpa, 0, size, 0);
+                Next::Leave(ExitStatus::FastMmio)
+            }
+            Step::Write { gpa, size, value } => {
+                self.channel.set_fast_mmio(gpa, value, size, 1);
+                Next::Leave(ExitStatus::FastMmio)
+            }
+            Step::In {
+                port,
+                size,
+                count,
+                down,
+            } => self.string_io(IoDirection::In, port, size, count, down),
+            Step::Out {
+                port,
+                size,
+                count,
+                down,
+            } => self.string_io(IoDirection::Out, port, size, count, down),
+            Step::Fault(exception) => {
+                inner.emulation.abandon();
+                handle::raise(self, inner, for_guest(exception))
+            }
+            Step::Unsupported => {
+                if let Some(insn) = inner.emulation.insn {
+                    log::warn!("instruction not emulated: {:?}", insn.op);
+                }
+                inner.emulation.abandon();
+                handle::raise(self, inner, Exception::plain(vector::UD))
+            }
+            Step::Blocked => self.wait(inner, blocked),
+        }
+    }
+
+    fn wait(&self, inner: &mut Inner<H>, blocked: Option<Blocked>) -> Next {
+        match blocked {
+            Some(Blocked::Protected { gpa, write }) => {
+                let access = if write {
+                    memory::Access::WRITE
+                } else {
+                    memory::Access::READ
+                };
+                self.report_protected(gpa, access)
+            }
+            Some(Blocked::Interrupted) => Next::Leave(ExitStatus::Interrupt),
+            Some(Blocked::Again) | None => Next::Work(Work::Emulate),
+            Some(Blocked::Broken(error)) => {
+                log::error!("guest memory in the middle of an instruction: {error:?}");
+                handle::lost(inner, "guest memory cannot be used")
+            }
+        }
+    }
+
+    fn string_io(
+        &self,
+        direction: IoDirection,
+        port: u16,
+        size: u8,
+        count: u16,
+        down: bool,
+    ) -> Next {
+        let view = TunnelIo {
+            direction: direction as u8,
+            df: u8::from(down),
+            size: u16::from(size),
+            port,
+            count,
+            flags: IoFlags::STRING.bits(),
+            ..TunnelIo::default()
+        };
+        self.channel.set_view(view.as_bytes());
+        Next::Leave(ExitStatus::Io)
+    }
+}

@@ -1,0 +1,262 @@
+//! The extended registers: x87, SSE, AVX, AVX-512, and XCR0.
+//!
+//! The whole state of guest and host is switched, never only part of a
+//! register. The guest's lives in an XSAVE area of the standard format (SDM
+//! 13.4 "XSAVE Area"); between two loans the area is the truth.
+// UNSAFETY: XSAVE, XRSTOR, XSETBV, and byte access to the area they use.
+#![expect(unsafe_code)]
+
+use abi::vcpu_state::FxLayout;
+use zerocopy::IntoBytes;
+
+use crate::arch::addr::PAGE_SIZE;
+use crate::arch::reg::{Cr4, Xcr0};
+use crate::cpu::Cpu;
+use crate::fallible::NoMemory;
+use crate::host::{Host, OwnedPage};
+
+/// Components that a guest can be given.
+const POSSIBLE: Xcr0 = Xcr0::X87
+    .union(Xcr0::SSE)
+    .union(Xcr0::AVX)
+    .union(Xcr0::OPMASK)
+    .union(Xcr0::ZMM_HI256)
+    .union(Xcr0::HI16_ZMM);
+const AVX512: Xcr0 = Xcr0::OPMASK.union(Xcr0::ZMM_HI256).union(Xcr0::HI16_ZMM);
+
+/// Offsets in the area: SDM 13.4.1 "Legacy Region of an XSAVE Area", 13.4.2
+/// "XSAVE Header".
+const FCW: usize = 0;
+const MXCSR: usize = 24;
+const XMM: usize = 160;
+const XSTATE_BV: usize = 512;
+/// Values after FNINIT and reset, as HAXM's vCPUs start.
+const FCW_RESET: u16 = 0x37f;
+const MXCSR_RESET: u32 = 0x1f80;
+
+/// The components that this host lets a guest use, as XCR0 bits; 0 without XSAVE.
+#[must_use]
+pub fn available(cpu: &impl Cpu) -> Xcr0 {
+    if cpu.cr4() & Cr4::OSXSAVE.bits() == 0 {
+        return Xcr0::empty();
+    }
+    // SAFETY: CR4.OSXSAVE is set.
+    let host = Xcr0::from_bits_retain(unsafe { cpu.xcr0() });
+    let mut mask = host & POSSIBLE;
+    for bit in 2..8u32 {
+        let component = Xcr0::from_bits_retain(1 << bit);
+        if mask.contains(component) {
+            // SDM 13.2 "Enumeration of CPU Support for XSAVE Instructions ...".
+            let place = cpu.cpuid(0xd, bit);
+            let end = u64::from(place.ebx).saturating_add(u64::from(place.eax));
+            if end > PAGE_SIZE {
+                mask.remove(component);
+            }
+        }
+    }
+    if !mask.contains(AVX512) {
+        mask.remove(AVX512);
+    }
+    mask
+}
+
+/// A guest's extended registers.
+pub struct Extended<H: Host> {
+    area: OwnedPage<H>,
+    /// Components saved and restored; empty without XSAVE on the host.
+    components: Xcr0,
+    /// Where the upper halves of the YMM registers are in the area.
+    ymm_offset: usize,
+    /// Where bits 511:256 of ZMM0-15 are.
+    zmm_offset: usize,
+    /// The guest's XCR0.
+    xcr0: u64,
+    /// The host's XCR0 while the guest's registers are in the processor.
+    host_xcr0: u64,
+    loaded: bool,
+}
+
+impl<H: Host> Extended<H> {
+    /// Registers as after reset.
+    ///
+    /// # Errors
+    /// [`NoMemory`].
+    pub fn new(host: &H) -> Result<Self, NoMemory> {
+        let components = available(host.cpu());
+        // SDM 13.2: EBX of leaf 0xD, subleaf n, is the offset of component n.
+        let offset = |component| host.cpu().cpuid(0xd, component).ebx as usize;
+        let mut this = Self {
+            area: OwnedPage::new(host)?,
+            components,
+            ymm_offset: offset(2),
+            zmm_offset: offset(6),
+            xcr0: Xcr0::X87.bits(),
+            host_xcr0: 0,
+            loaded: false,
+        };
+        this.put(FCW, &FCW_RESET.to_le_bytes());
+        this.put(MXCSR, &MXCSR_RESET.to_le_bytes());
+        this.mark_legacy();
+        Ok(this)
+    }
+
+    fn put(&mut self, offset: usize, bytes: &[u8]) {
+        for (i, byte) in bytes.iter().enumerate() {
+            let at = offset.wrapping_add(i);
+            if at < PAGE_SIZE as usize {
+                let to = self.area.pointer().wrapping_add(at);
+                // SAFETY: inside the page, which only this vCPU uses, and the
+                // processor only while `loaded` changes.
+                unsafe { to.write_volatile(*byte) };
+            }
+        }
+    }
+
+    fn take(&self, offset: usize, bytes: &mut [u8]) {
+        for (i, byte) in bytes.iter_mut().enumerate() {
+            let at = offset.wrapping_add(i);
+            if at < PAGE_SIZE as usize {
+                let from = self.area.pointer().wrapping_add(at);
+                // SAFETY: as in `put`.
+                *byte = unsafe { from.read_volatile() };
+            }
+        }
+    }
+
+    fn in_use(&self) -> u64 {
+        let mut bytes = [0; 8];
+        self.take(XSTATE_BV, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    /// Tells XRSTOR to take x87 and SSE from the area.
+    fn mark_legacy(&mut self) {
+        if !self.components.is_empty() {
+            let bits = self.in_use() | (Xcr0::X87 | Xcr0::SSE).bits();
+            self.put(XSTATE_BV, &bits.to_le_bytes());
+        }
+    }
+
+    /// Gives the processor the guest's registers. Pinned.
+    pub fn load(&mut self, host: &H, osxsave: bool) {
+        host.fpu_begin();
+        let cpu = host.cpu();
+        // SAFETY: the area is a page of ours; its header came from XSAVE or
+        // from `mark_legacy`, its MXCSR is masked in `set_fx`.
+        unsafe { cpu.xrstor(self.area.pointer(), self.components.bits()) };
+        if !self.components.is_empty() {
+            // SAFETY: components are only there if CR4.OSXSAVE is set.
+            self.host_xcr0 = unsafe { cpu.xcr0() };
+        }
+        self.loaded = true;
+        self.apply_xcr0(cpu, osxsave);
+    }
+
+    /// Gives the processor back to the host. Pinned, interrupts on.
+    pub fn save(&mut self, host: &H) {
+        let cpu = host.cpu();
+        self.apply_xcr0(cpu, false);
+        self.loaded = false;
+        // SAFETY: the area is a page of ours, and `available` checked that the
+        // components fit.
+        unsafe { cpu.xsave(self.area.pointer(), self.components.bits()) };
+        // SAFETY: pairs with `load`; XCR0 is the host's.
+        unsafe { host.fpu_end() };
+    }
+
+    /// Puts the XCR0 in force that the guest should see: its own while its
+    /// CR4.OSXSAVE is set, the host's otherwise.
+    pub fn apply_xcr0(&self, cpu: &H::Cpu, osxsave: bool) {
+        if !self.loaded || self.components.is_empty() {
+            return;
+        }
+        let wanted = if osxsave { self.xcr0 } else { self.host_xcr0 };
+        // SAFETY: components are only there if CR4.OSXSAVE is set.
+        if unsafe { cpu.xcr0() } != wanted {
+            // SAFETY: `set_xcr0` checked the value; `save` puts the host's back.
+            unsafe { cpu.set_xcr0(wanted) };
+        }
+    }
+
+    /// The guest's XCR0.
+    pub fn xcr0(&self) -> u64 {
+        self.xcr0
+    }
+
+    /// Sets the guest's XCR0; `false` if the value is not allowed: SDM 2.6
+    /// "Extended Control Registers (Including XCR0)". `allowed` is what the
+    /// guest's CPUID offers.
+    pub fn set_xcr0(&mut self, value: u64, allowed: u64) -> bool {
+        let bits = Xcr0::from_bits_retain(value);
+        let avx512 = bits.intersection(AVX512);
+        let fits = value & !(allowed & self.components.bits()) == 0
+            && bits.contains(Xcr0::X87)
+            && (!bits.contains(Xcr0::AVX) || bits.contains(Xcr0::SSE))
+            && (avx512.is_empty() || (avx512 == AVX512 && bits.contains(Xcr0::AVX)));
+        if fits {
+            self.xcr0 = value;
+        }
+        fits
+    }
+
+    /// The x87 and SSE registers as FXSAVE lays them out. Not while loaded.
+    pub fn fx(&self) -> FxLayout {
+        let mut image = FxLayout::default();
+        self.take(0, image.as_mut_bytes());
+        image
+    }
+
+    /// Sets the x87 and SSE registers. Reserved MXCSR bits are dropped: they
+    /// would make XRSTOR fault (SDM 10.5.1.2 "SSE State"). Not while loaded.
+    pub fn set_fx(&mut self, image: &FxLayout) {
+        let mut image = *image;
+        let mask = match image.mxcsr_mask {
+            0 => 0xffbf,
+            mask => mask & 0xffff,
+        };
+        image.mxcsr &= mask;
+        if let Some(bytes) = image.as_bytes().get(..416) {
+            self.put(0, bytes);
+        }
+        self.mark_legacy();
+    }
+
+    /// The low 256 bits of a vector register. Not while loaded.
+    pub fn vector(&self, index: u8) -> [u8; 32] {
+        let mut value = [0; 32];
+        let (low, high) = value.split_at_mut(16);
+        let at = usize::from(index & 15).wrapping_mul(16);
+        self.take(XMM.wrapping_add(at), low);
+        if self.in_use() & Xcr0::AVX.bits() != 0 {
+            self.take(self.ymm_offset.wrapping_add(at), high);
+        }
+        value
+    }
+
+    /// Sets the low 256 bits of a vector register, and with `clear_above`
+    /// zeroes what is above them. Not while loaded.
+    pub fn set_vector(&mut self, index: u8, value: &[u8; 32], clear_above: bool) {
+        let (low, high) = value.split_at(16);
+        let at = usize::from(index & 15).wrapping_mul(16);
+        self.put(XMM.wrapping_add(at), low);
+        self.mark_legacy();
+        if !self.components.contains(Xcr0::AVX) {
+            return;
+        }
+        if self.in_use() & Xcr0::AVX.bits() == 0 {
+            // The upper halves are in their initial state, zero, and the area
+            // may hold old bytes there.
+            for i in 0..16usize {
+                let offset = self.ymm_offset.wrapping_add(i.wrapping_mul(16));
+                self.put(offset, &[0; 16]);
+            }
+            let bits = self.in_use() | Xcr0::AVX.bits();
+            self.put(XSTATE_BV, &bits.to_le_bytes());
+        }
+        self.put(self.ymm_offset.wrapping_add(at), high);
+        if clear_above && self.in_use() & Xcr0::ZMM_HI256.bits() != 0 {
+            let at = usize::from(index & 15).wrapping_mul(32);
+            self.put(self.zmm_offset.wrapping_add(at), &[0; 32]);
+        }
+    }
+}

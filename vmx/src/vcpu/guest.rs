@@ -1,0 +1,142 @@
+//! What the vCPUs of one VM share.
+
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use super::cpuid::CpuidTable;
+use crate::Error;
+use crate::caps::Caps;
+use crate::cpu::Cpu;
+use crate::fallible::Shared;
+use crate::host::Host;
+use crate::memory::AddressSpace;
+use crate::platform::Membership;
+use crate::sync::{Lock, LockClass};
+
+/// Most vCPUs of a VM: the interface's limit.
+pub const MAX_VCPUS: u32 = abi::MAX_VCPUS;
+
+/// One VM below its vCPUs.
+pub struct Guest<H: Host> {
+    /// Guest-physical memory. Before `membership`, so that it is gone when VMX
+    /// operation ends.
+    memory: AddressSpace<H>,
+    cpuid: Lock<H::Mutex, CpuidTable>,
+    /// Counts changes of the CPUID table.
+    cpuid_version: AtomicU32,
+    /// One bit per vCPU that exists.
+    vcpus: AtomicU32,
+    /// Highest number of vCPUs so far, for the topology in CPUID.
+    vcpu_peak: AtomicU32,
+    /// What all vCPUs add to the time-stamp counter.
+    tsc_offset: AtomicU64,
+    membership: Membership<H>,
+}
+
+impl<H: Host> Guest<H> {
+    /// A VM of the calling process, without memory or vCPUs. Its time-stamp
+    /// counter starts at 0.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub fn new(membership: Membership<H>) -> Result<Shared<Self>, Error> {
+        let platform = membership.platform();
+        let (host, caps) = (platform.host(), platform.caps());
+        let cpuid = CpuidTable::new(host.cpu(), caps);
+        let memory = AddressSpace::new(host, caps.ept_vpid, caps.physical_bits)?;
+        let guest = Shared::new(Self {
+            memory,
+            cpuid: Lock::new(LockClass::Vm, cpuid)?,
+            cpuid_version: AtomicU32::new(0),
+            vcpus: AtomicU32::new(0),
+            vcpu_peak: AtomicU32::new(0),
+            tsc_offset: AtomicU64::new(host.cpu().rdtsc().wrapping_neg()),
+            membership,
+        })?;
+        Ok(guest)
+    }
+
+    /// Guest-physical memory.
+    pub fn memory(&self) -> &AddressSpace<H> {
+        &self.memory
+    }
+
+    /// The VM's number and machine.
+    pub fn membership(&self) -> &Membership<H> {
+        &self.membership
+    }
+
+    /// The host.
+    pub fn host(&self) -> &H {
+        self.membership.platform().host()
+    }
+
+    /// What the processor can do.
+    pub fn caps(&self) -> &Caps {
+        self.membership.platform().caps()
+    }
+
+    /// The CPUID table and its version.
+    pub fn cpuid(&self) -> (CpuidTable, u32) {
+        let table = self.cpuid.lock();
+        (*table, self.cpuid_version.load(Ordering::Acquire))
+    }
+
+    /// The version of the CPUID table, without its lock.
+    pub fn cpuid_version(&self) -> u32 {
+        self.cpuid_version.load(Ordering::Acquire)
+    }
+
+    /// Changes the CPUID table for all vCPUs, or nothing if `change` fails.
+    ///
+    /// # Errors
+    /// What `change` returns.
+    pub fn change_cpuid(
+        &self,
+        change: impl FnOnce(&mut CpuidTable) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let mut table = self.cpuid.lock();
+        let mut copy = *table;
+        change(&mut copy)?;
+        *table = copy;
+        self.cpuid_version.fetch_add(1, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// What the vCPUs add to the time-stamp counter, ticks modulo 2^64.
+    pub fn tsc_offset(&self) -> u64 {
+        self.tsc_offset.load(Ordering::Relaxed)
+    }
+
+    /// Sets it for all vCPUs.
+    pub fn set_tsc_offset(&self, offset: u64) {
+        self.tsc_offset.store(offset, Ordering::Relaxed);
+    }
+
+    /// Takes a vCPU number.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`]: above 15. [`Error::Busy`]: taken.
+    pub fn take_vcpu(&self, id: u32) -> Result<(), Error> {
+        if id >= MAX_VCPUS {
+            return Err(Error::Invalid);
+        }
+        let before = self.vcpus.fetch_or(1 << id, Ordering::AcqRel);
+        if before & (1 << id) != 0 {
+            return Err(Error::Busy);
+        }
+        self.vcpu_peak
+            .fetch_max(id.saturating_add(1), Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Gives a vCPU number back.
+    pub fn free_vcpu(&self, id: u32) {
+        self.vcpus.fetch_and(!(1 << id), Ordering::AcqRel);
+    }
+
+    /// vCPUs for the topology in CPUID: one more than the highest number so far.
+    #[expect(clippy::cast_possible_truncation, reason = "at most 16")]
+    pub fn topology_size(&self) -> u8 {
+        self.vcpu_peak.load(Ordering::Acquire).max(1) as u8
+    }
+}

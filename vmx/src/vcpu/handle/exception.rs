@@ -1,0 +1,91 @@
+//! Exceptions that exit, NMIs, and single-stepping for a client.
+
+use abi::tunnel::{ExitStatus, TunnelDebug};
+use zerocopy::IntoBytes;
+
+use super::{Next, lost, raise};
+use crate::arch::event::{EventKind, Exception, InterruptionInfo, vector};
+use crate::arch::field;
+use crate::host::Host;
+use crate::vcpu::vmcs::Current;
+use crate::vcpu::{Inner, Vcpu};
+
+/// DR6.BS: single step.
+const DR6_BS: u64 = 1 << 14;
+
+pub fn handle<H: Host>(
+    vcpu: &Vcpu<H>,
+    inner: &mut Inner<H>,
+    current: &Current<'_, H>,
+    info: InterruptionInfo,
+) -> Next {
+    if info.kind() == EventKind::Nmi {
+        Vcpu::raise_host_nmi(current);
+        return Next::Resume;
+    }
+    match info.vector() {
+        vector::DB => debug_exception(vcpu, inner, current),
+        vector::BP if inner.debug.takes_breakpoints() => {
+            // RIP is on the INT3, as HAXM reports it.
+            report(vcpu, inner, current, 0, 0)
+        }
+        vector::MC => {
+            // The host's own handler sees the machine check through its banks;
+            // this guest was running when it came and cannot be trusted.
+            log::error!("machine check while the guest ran");
+            lost(inner, "machine check")
+        }
+        number => {
+            let error_code = info
+                .has_error_code()
+                .then(|| current.read(field::EXIT_INTERRUPTION_ERROR));
+            let exception = Exception {
+                vector: number,
+                error_code,
+                cr2: None,
+            };
+            raise(vcpu, inner, exception)
+        }
+    }
+}
+
+fn debug_exception<H: Host>(
+    vcpu: &Vcpu<H>,
+    inner: &mut Inner<H>,
+    current: &Current<'_, H>,
+) -> Next {
+    let conditions = current.read(field::EXIT_QUALIFICATION);
+    if inner.debug.takes_debug_exceptions() {
+        let dr7 = inner.debug.guest_dr7();
+        return report(vcpu, inner, current, conditions, dr7);
+    }
+    inner.debug.record(conditions);
+    inner.debug.clear_general_detect(current);
+    raise(vcpu, inner, Exception::plain(vector::DB))
+}
+
+/// One instruction was executed under the monitor trap flag.
+pub fn stepped<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {
+    if !inner.debug.steps() {
+        return Next::Resume;
+    }
+    let dr7 = inner.debug.guest_dr7();
+    report(vcpu, inner, current, DR6_BS, dr7)
+}
+
+/// Tells the client's debugger.
+fn report<H: Host>(
+    vcpu: &Vcpu<H>,
+    inner: &mut Inner<H>,
+    current: &Current<'_, H>,
+    dr6: u64,
+    dr7: u64,
+) -> Next {
+    let view = TunnelDebug {
+        rip: inner.registers.rip(current),
+        dr6,
+        dr7,
+    };
+    vcpu.channel.set_view(view.as_bytes());
+    Next::Leave(ExitStatus::Debug)
+}

@@ -1,0 +1,188 @@
+//! Exit handlers, one file per family. Each sees a decoded exit, the vCPU's
+//! state and the current VMCS, and says what comes next.
+
+mod control;
+pub mod exception;
+mod io;
+mod system;
+
+use abi::tunnel::ExitStatus;
+
+use super::decode::Exit;
+use super::vmcs::Current;
+use super::{Inner, Vcpu};
+use crate::arch::addr::Gpa;
+use crate::arch::event::{Exception, vector};
+use crate::arch::exit::ExitReason;
+use crate::arch::field;
+use crate::arch::reg::{Interruptibility, Rflags};
+use crate::arch::segment::AccessRights;
+use crate::host::Host;
+use crate::memory::Access;
+
+/// What follows an exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Enter the guest again.
+    Resume,
+    /// RUN returns with this status.
+    Leave(ExitStatus),
+    /// Work that may sleep, so not with the VMCS on loan.
+    Work(Work),
+}
+
+/// Work that may sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// An EPT violation.
+    Memory {
+        /// Where.
+        gpa: Gpa,
+        /// How.
+        access: Access,
+    },
+    /// Execute the instruction at RIP in software.
+    Emulate,
+    /// Load the PDPTEs from guest memory.
+    Pdptes,
+}
+
+/// Handles one exit.
+pub fn dispatch<H: Host>(
+    vcpu: &Vcpu<H>,
+    inner: &mut Inner<H>,
+    current: &Current<'_, H>,
+    exit: Exit,
+) -> Next {
+    match exit {
+        Exit::Io(qualification) => io::handle(vcpu, inner, current, qualification),
+        Exit::Cpuid => system::cpuid(vcpu, inner, current),
+        Exit::ExternalInterrupt => Next::Leave(ExitStatus::Interrupt),
+        Exit::EptViolation { gpa, qualification } => {
+            if qualification.nmi_unblocking() && !inner.events.is_waiting() {
+                block_nmi(current);
+            }
+            Next::Work(Work::Memory {
+                gpa,
+                access: Access::from_qualification(qualification.0),
+            })
+        }
+        Exit::Hlt => system::halt(vcpu, inner, current),
+        Exit::InterruptWindow => system::interrupt_window(vcpu),
+        Exit::CrAccess(access) => control::register(vcpu, inner, current, access),
+        Exit::DrAccess(access) => control::debug_register(vcpu, inner, current, access),
+        Exit::Rdmsr => system::rdmsr(vcpu, inner, current),
+        Exit::Wrmsr => system::wrmsr(vcpu, inner, current),
+        Exit::Xsetbv => system::xsetbv(vcpu, inner, current),
+        Exit::Exception { info } => exception::handle(vcpu, inner, current, info),
+        Exit::MonitorTrap => exception::stepped(vcpu, inner, current),
+        Exit::Skip => {
+            advance(inner, current);
+            Next::Resume
+        }
+        Exit::Undefined => raise(vcpu, inner, Exception::UD),
+        // RDPMC: no counter of the guest's exists behind it.
+        Exit::Rdpmc => raise(vcpu, inner, Exception::gp(0)),
+        // Not requested: no NMI is ever injected that could wait.
+        Exit::NmiWindow => Next::Resume,
+        Exit::TripleFault => lost(inner, "triple fault"),
+        Exit::TaskSwitch { .. } => task_switch(vcpu, inner),
+        Exit::EptMisconfiguration { gpa } => {
+            log::error!("EPT misconfiguration at {gpa:?}: internal error");
+            lost(inner, "EPT misconfiguration")
+        }
+        Exit::EntryFailure {
+            reason,
+            qualification,
+        } => entry_failed(inner, current, reason, qualification),
+        Exit::Unexpected(reason) => {
+            log::error!(
+                "exit {} ({}) that no control allows",
+                reason.0,
+                reason.text()
+            );
+            lost(inner, "unexpected exit")
+        }
+    }
+}
+
+/// The guest cannot go on: every RUN from now on returns STATECHANGE.
+pub fn lost<H: Host>(inner: &mut Inner<H>, why: &str) -> Next {
+    inner.dead = true;
+    log::warn!("vCPU stopped: {why}");
+    Next::Leave(ExitStatus::StateChange)
+}
+
+fn entry_failed<H: Host>(
+    inner: &mut Inner<H>,
+    current: &Current<'_, H>,
+    reason: ExitReason,
+    qualification: u64,
+) -> Next {
+    inner.dead = true;
+    log::error!("{}, qualification {qualification:#x}", reason.text());
+    for (encoding, name) in field::ALL {
+        if let Some(value) = current.peek(*encoding) {
+            log::debug!("  {name} = {value:#x}");
+        }
+    }
+    Next::Leave(ExitStatus::Unknown)
+}
+
+/// Raises an exception in the guest.
+pub fn raise<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, exception: Exception) -> Next {
+    if let Some(address) = exception.cr2 {
+        inner.cr2 = address;
+    }
+    inner.events.raise(exception, &vcpu.vectors);
+    Next::Resume
+}
+
+/// Moves past the instruction that caused the exit, as completing it would:
+/// the shadow of STI or MOV SS ends, and a trap flag pends its #DB (SDM
+/// 18.3.1.4 "Single-Step Exception Condition", 25.4.2, table 25-4).
+pub fn advance<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) {
+    let length = u64::from(current.read(field::EXIT_INSTRUCTION_LENGTH));
+    let old = inner.registers.rip(current);
+    let mut new = old.wrapping_add(length);
+    // Outside 64-bit code RIP has 32 bits.
+    if (old ^ new) >> 32 != 0 {
+        let rights = AccessRights::from_bits_retain(current.read(field::GUEST_CS_RIGHTS));
+        if !(inner.modes.is_long_mode() && rights.contains(AccessRights::LONG)) {
+            new &= 0xffff_ffff;
+        }
+    }
+    inner.registers.set_rip(new);
+    completed(inner, current);
+}
+
+/// What completing an instruction does besides.
+pub fn completed<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) {
+    let blocking = current.read(field::GUEST_INTERRUPTIBILITY);
+    let shadows = (Interruptibility::STI | Interruptibility::MOV_SS).bits();
+    if blocking & shadows != 0 {
+        current.write(field::GUEST_INTERRUPTIBILITY, blocking & !shadows);
+    }
+    if inner.registers.rflags(current) & Rflags::TF.bits() != 0 {
+        /// Bit 14, BS, of the pending debug exceptions.
+        const BS: u64 = 1 << 14;
+        let pending = current.read(field::GUEST_PENDING_DEBUG);
+        current.write(field::GUEST_PENDING_DEBUG, pending | BS);
+    }
+    // The monitor trap flag does not see an instruction that was executed here.
+    inner.step_due = inner.debug.steps();
+}
+
+/// The IRET that unblocked NMIs is executed again.
+fn block_nmi<H: Host>(current: &Current<'_, H>) {
+    let blocking = current.read(field::GUEST_INTERRUPTIBILITY);
+    let blocked = blocking | Interruptibility::NMI.bits();
+    current.write(field::GUEST_INTERRUPTIBILITY, blocked);
+}
+
+/// A hardware task switch: not carried out yet, so the guest gets the #GP of a
+/// gate it may not use, and the log says so.
+fn task_switch<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>) -> Next {
+    log::warn!("hardware task switch: not supported, #GP raised");
+    raise(vcpu, inner, Exception::with_code(vector::GP, 0))
+}

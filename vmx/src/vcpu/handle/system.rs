@@ -1,0 +1,112 @@
+//! CPUID, HLT, MSR accesses, XSETBV, and the interrupt window.
+
+use abi::tunnel::ExitStatus;
+
+use super::{Next, advance, raise};
+use crate::arch::event::Exception;
+use crate::arch::reg::Cr4;
+use crate::host::Host;
+use crate::vcpu::cpuid::View;
+use crate::vcpu::vmcs::Current;
+use crate::vcpu::{Inner, Vcpu, msr_list};
+
+/// Bits 31:0, what 32-bit operands leave.
+const LOW: u64 = 0xffff_ffff;
+
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "EAX and ECX are the low halves"
+)]
+pub fn cpuid<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {
+    let [leaf, subleaf, ..] = inner.registers.general.gpr;
+    let view = View {
+        apic_id: vcpu.id() as u8,
+        vcpus: vcpu.guest().topology_size(),
+        // Only OSXSAVE counts, and a change of it always exits.
+        cr4: if inner.modes.has_osxsave() {
+            Cr4::OSXSAVE.bits()
+        } else {
+            0
+        },
+        xcr0: inner.extended.xcr0(),
+    };
+    let result = inner.cpuid.lookup(leaf as u32, subleaf as u32, &view);
+    inner.registers.set(0, u64::from(result.eax));
+    inner.registers.set(1, u64::from(result.ecx));
+    inner.registers.set(2, u64::from(result.edx));
+    inner.registers.set(3, u64::from(result.ebx));
+    advance(inner, current);
+    Next::Resume
+}
+
+/// HLT with nothing to wake it is the client's: it waits for an interrupt.
+pub fn halt<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {
+    advance(inner, current);
+    if vcpu.vectors.deliverable(inner.cr8 << 4).is_some() || inner.events.is_waiting() {
+        return Next::Resume;
+    }
+    Next::Leave(ExitStatus::Hlt)
+}
+
+/// The guest can take an interrupt: ours if one waits, or the client's.
+pub fn interrupt_window<H: Host>(vcpu: &Vcpu<H>) -> Next {
+    if vcpu.vectors.is_empty() && vcpu.channel.window() != 0 {
+        return Next::Leave(ExitStatus::Interrupt);
+    }
+    Next::Resume
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "ECX is the low half")]
+pub fn rdmsr<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {
+    let msr = inner.registers.get(current, 1) as u32;
+    match msr_list::read(vcpu, inner, current, msr) {
+        Ok(value) => {
+            inner.registers.set(0, value & LOW);
+            inner.registers.set(2, value >> 32);
+            advance(inner, current);
+            Next::Resume
+        }
+        Err(_) => {
+            log::debug!("RDMSR {msr:#x}: #GP");
+            raise(vcpu, inner, Exception::gp(0))
+        }
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "ECX is the low half")]
+pub fn wrmsr<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {
+    let msr = inner.registers.get(current, 1) as u32;
+    let low = inner.registers.get(current, 0) & LOW;
+    let high = inner.registers.get(current, 2) & LOW;
+    let value = high << 32 | low;
+    match msr_list::write(vcpu, inner, current, msr, value, true) {
+        Ok(()) => {
+            inner
+                .switched
+                .start_syscall(current.cpu(), inner.modes.has_syscall());
+            advance(inner, current);
+            Next::Resume
+        }
+        Err(_) => {
+            log::debug!("WRMSR {msr:#x} = {value:#x}: #GP");
+            raise(vcpu, inner, Exception::gp(0))
+        }
+    }
+}
+
+/// XSETBV at CPL 0 (elsewhere it faults before it exits): SDM 26.1.2
+/// "Instructions That Cause VM Exits Unconditionally".
+pub fn xsetbv<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {
+    let index = inner.registers.get(current, 1) & LOW;
+    let low = inner.registers.get(current, 0) & LOW;
+    let high = inner.registers.get(current, 2) & LOW;
+    let allowed = inner.features.allowed_xcr0();
+    if index != 0 || !inner.extended.set_xcr0(high << 32 | low, allowed) {
+        return raise(vcpu, inner, Exception::gp(0));
+    }
+    inner
+        .extended
+        .apply_xcr0(current.cpu(), inner.modes.has_osxsave());
+    advance(inner, current);
+    Next::Resume
+}

@@ -1,0 +1,143 @@
+//! Borrowing the processor: the VMCS alone for a short access, or everything
+//! for running the guest.
+// UNSAFETY: INVVPID and INVEPT, the MSR bitmap's page, and VM entry.
+#![expect(unsafe_code)]
+
+use super::vmcs::Current;
+use super::{Inner, Vcpu, msr_bitmap};
+use crate::Error;
+use crate::arch::ept::{EptVpidCaps, InveptKind, InvvpidKind};
+use crate::arch::field;
+use crate::cpu::{Cpu, VmxFailure};
+use crate::host::{CpuOffline, Host, OwnedPage, Pinned};
+
+/// Fills the MSR bitmap's page before the processor gets its address.
+pub fn fill_bitmap<H: Host>(page: &OwnedPage<H>) {
+    for offset in 0..msr_bitmap::MSR_BITMAP_SIZE {
+        let to = page.pointer().wrapping_add(usize::from(offset));
+        // SAFETY: inside a page that is ours and not yet the processor's.
+        unsafe { to.write_volatile(msr_bitmap::byte_at(offset)) };
+    }
+}
+
+impl<H: Host> Vcpu<H> {
+    /// Makes the VMCS current on `pinned`'s processor.
+    pub(super) fn load<'a>(
+        &'a self,
+        inner: &mut Inner<H>,
+        pinned: &'a Pinned<'a, H>,
+    ) -> Result<Current<'a, H>, Error> {
+        let platform = self.guest().membership().platform();
+        let loan = platform
+            .operation()
+            .load(pinned, self.place)
+            .map_err(|_| Error::Fault)?;
+        let current = Current::new(platform.host(), loan);
+        if current.is_fresh() {
+            inner.launched = false;
+            inner.registers.general.host_rsp = 0;
+            inner.switched.moved();
+            inner.host_state.write_for_processor(&current);
+            // What this vCPU left in the TLB here may be out of date.
+            inner.flush_linear = true;
+        }
+        Ok(current)
+    }
+
+    /// Runs `call` with the VMCS current and interrupts off.
+    pub(super) fn with_vmcs<R>(
+        &self,
+        inner: &mut Inner<H>,
+        call: impl FnOnce(&Current<'_, H>, &mut Inner<H>) -> R,
+    ) -> Result<R, Error> {
+        let pinned = Pinned::new(self.guest().host());
+        let current = self.load(inner, &pinned)?;
+        let result = call(&current, inner);
+        inner.registers.flush(&current);
+        if current.failure().is_some() {
+            inner.dead = true;
+            return Err(Error::Fault);
+        }
+        Ok(result)
+    }
+
+    /// Drops this vCPU's linear translations: SDM 29.4.3.1 "Operations that
+    /// Invalidate Cached Mappings".
+    fn flush_linear(&self, current: &Current<'_, H>) {
+        let caps = self.guest().caps();
+        if !caps.has_vpid() {
+            // Entry and exit drop them: SDM 29.4.3.1.
+            return;
+        }
+        let kind = if caps.ept_vpid.contains(EptVpidCaps::INVVPID_SINGLE) {
+            InvvpidKind::Single
+        } else {
+            InvvpidKind::All
+        };
+        // SAFETY: in VMX operation: a VMCS is current. The kind is supported.
+        let _ = unsafe { current.cpu().invvpid(kind, self.vpid(), 0) };
+    }
+
+    /// Drops guest-physical translations that may be out of date here.
+    fn flush_physical(&self, current: &Current<'_, H>) {
+        let caps = self.guest().caps();
+        let eptp = self.guest().memory().eptp();
+        current.write(field::EPT_POINTER, eptp);
+        let kind = if caps.ept_vpid.contains(EptVpidCaps::INVEPT_SINGLE) {
+            InveptKind::Single
+        } else {
+            InveptKind::All
+        };
+        // SAFETY: in VMX operation: a VMCS is current. The kind is supported.
+        let _ = unsafe { current.cpu().invept(kind, eptp) };
+    }
+
+    /// Enters the guest once. The inner error is the entry instruction's.
+    pub(super) fn enter(
+        &self,
+        inner: &mut Inner<H>,
+        current: &Current<'_, H>,
+        cpu_number: usize,
+    ) -> Result<Result<(), VmxFailure>, CpuOffline> {
+        let memory = self.guest().memory();
+        let flush = match memory.before_entry(cpu_number) {
+            Ok(flush) => flush,
+            Err(offline) => {
+                memory.after_exit(cpu_number);
+                return Err(offline);
+            }
+        };
+        if let Some(flush) = flush {
+            self.flush_physical(current);
+            memory.flushed(cpu_number, flush);
+        }
+        if inner.flush_linear {
+            inner.flush_linear = false;
+            self.flush_linear(current);
+        }
+        inner.registers.flush(current);
+        let cpu = current.cpu();
+        if cpu.cr2() != inner.cr2 {
+            // SAFETY: interrupts are off; the host reads CR2 only in its
+            // page-fault handler, right after a fault of its own.
+            unsafe { cpu.set_cr2(inner.cr2) };
+        }
+        // SAFETY: interrupts are off, our VMCS is current, `write_for_processor`
+        // and `refresh` wrote a host state that returns here, and `launched`
+        // follows VMCLEAR and VMLAUNCH.
+        let result = unsafe { cpu.enter(&mut inner.registers.general, inner.launched) };
+        memory.after_exit(cpu_number);
+        if result.is_ok() {
+            inner.launched = true;
+            inner.cr2 = cpu.cr2();
+            inner.registers.forget();
+        }
+        Ok(result)
+    }
+
+    /// Sends an NMI that caused an exit to the host.
+    pub(super) fn raise_host_nmi(current: &Current<'_, H>) {
+        // SAFETY: called once, right after an NMI exit.
+        unsafe { current.cpu().raise_nmi() };
+    }
+}

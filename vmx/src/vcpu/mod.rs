@@ -1,0 +1,399 @@
+//! A virtual processor: its VMCS, its registers, and the run loop.
+//!
+//! [`Vcpu::run`] enters the guest and handles exits until one is the client's
+//! ([`run`]). What an exit needs is decoded once ([`decode`]); the handlers
+//! ([`handle`]) see that, a [`Current`](vmcs::Current) VMCS and the
+//! [`Inner`] state of the vCPU.
+
+pub mod cpuid;
+mod debug;
+mod decode;
+mod emulation;
+mod events;
+mod extended;
+mod guest;
+mod handle;
+mod host_state;
+mod loan;
+mod modes;
+pub mod msr;
+pub mod msr_bitmap;
+mod msr_list;
+pub mod pending;
+mod registers;
+mod run;
+mod setup;
+mod state;
+mod switched_msrs;
+mod tunnel;
+mod vmcs;
+
+pub use guest::{Guest, MAX_VCPUS};
+
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use abi::cpuid::CpuidEntry;
+use abi::debug::VcpuDebug;
+use abi::msr::MsrData;
+use abi::tunnel::TunnelInfo;
+use abi::vcpu_state::{FxLayout, VcpuState};
+
+use crate::Error;
+use crate::arch::reg::Interruptibility;
+use crate::arch::{addr::Hpa, field};
+use crate::cpu::Cpu;
+use crate::fallible::Shared;
+use crate::host::{Host, OwnedPage};
+use crate::memory::Reserve;
+use crate::operation::{Place, write_revision};
+use crate::sync::{Lock, LockClass};
+
+use cpuid::{CpuidTable, Features};
+use debug::DebugRegisters;
+use emulation::Emulation;
+use events::Events;
+use extended::Extended;
+use host_state::HostState;
+use modes::Modes;
+use msr::MsrStore;
+use pending::PendingVectors;
+use registers::Registers;
+use switched_msrs::SwitchedMsrs;
+use tunnel::Channel;
+use vmcs::Current;
+
+/// Not in the guest.
+const NOWHERE: usize = usize::MAX;
+
+/// What only the thread that holds the vCPU's lock touches.
+pub struct Inner<H: Host> {
+    registers: Registers,
+    modes: Modes,
+    /// The guest's CR2, which no VMCS field holds.
+    cr2: u64,
+    /// The task-priority register as MOV CR8 sees it, 0 to 15.
+    cr8: u8,
+    events: Events,
+    extended: Extended<H>,
+    switched: SwitchedMsrs,
+    msrs: MsrStore,
+    debug: DebugRegisters,
+    host_state: HostState,
+    emulation: Emulation,
+    reserve: Reserve<H>,
+    cpuid: CpuidTable,
+    /// What that table offers.
+    features: Features,
+    cpuid_version: u32,
+    /// The VMCS in memory is in the launched state.
+    launched: bool,
+    /// The primary controls as the VMCS has them.
+    primary: u32,
+    /// The TSC offset as the VMCS has it.
+    tsc_offset: u64,
+    /// IA32_TSC_ADJUST.
+    tsc_adjust: u64,
+    /// The guest's switched registers are in the processor.
+    on_loan: bool,
+    /// An IN that the client answers before the next RUN: bytes.
+    pending_in: Option<u8>,
+    /// The PDPTEs in the VMCS are older than CR0, CR3 or CR4.
+    pdptes_stale: bool,
+    /// Linear translations are to be dropped before the next entry.
+    flush_linear: bool,
+    /// The emulator completed an instruction; its effects on the VMCS are due.
+    completed: bool,
+    /// A client that single-steps has not heard of the last instruction.
+    step_due: bool,
+    /// The guest is lost; every RUN says so.
+    dead: bool,
+}
+
+/// A virtual processor.
+pub struct Vcpu<H: Host> {
+    place: Place,
+    inner: Lock<H::Mutex, Inner<H>>,
+    vectors: PendingVectors,
+    channel: Channel<H>,
+    /// Some thread is in RUN.
+    running: AtomicBool,
+    /// The processor it runs on, for kicks.
+    on_cpu: AtomicUsize,
+    /// Kept for the processor, which has their addresses.
+    vmcs: OwnedPage<H>,
+    msr_bitmap: OwnedPage<H>,
+    number: Number<H>,
+}
+
+/// A vCPU's number, given back when dropped, and its VM.
+struct Number<H: Host> {
+    id: u32,
+    guest: Shared<Guest<H>>,
+}
+
+impl<H: Host> Number<H> {
+    fn take(guest: &Shared<Guest<H>>, id: u32) -> Result<Self, Error> {
+        guest.take_vcpu(id)?;
+        Ok(Self {
+            id,
+            guest: guest.clone(),
+        })
+    }
+}
+
+impl<H: Host> Drop for Number<H> {
+    fn drop(&mut self) {
+        self.guest.free_vcpu(self.id);
+    }
+}
+
+impl<H: Host> Inner<H> {
+    /// Drops what the last RUN left unfinished: the client moved the vCPU to
+    /// another instruction.
+    fn abandon(&mut self, current: &Current<'_, H>) {
+        self.emulation.abandon();
+        self.pending_in = None;
+        self.events.clear();
+        let shadows = Interruptibility::STI | Interruptibility::MOV_SS;
+        let blocking = current.read(field::GUEST_INTERRUPTIBILITY);
+        current.write(field::GUEST_INTERRUPTIBILITY, blocking & !shadows.bits());
+        current.write(field::GUEST_PENDING_DEBUG, 0);
+        current.write(field::GUEST_ACTIVITY, 0);
+    }
+}
+
+impl<H: Host> Vcpu<H> {
+    /// A vCPU in its power-up state, with its tunnel mapped into the calling
+    /// process.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`]: number above 15; [`Error::Busy`]: number taken;
+    /// [`Error::NoMemory`]; [`Error::Fault`]: the processor refused the VMCS.
+    pub fn new(guest: &Shared<Guest<H>>, id: u32) -> Result<Shared<Self>, Error> {
+        let number = Number::take(guest, id)?;
+        let host = guest.host();
+        let caps = guest.caps();
+        let vmcs = OwnedPage::new(host)?;
+        write_revision(&vmcs, caps);
+        let msr_bitmap = OwnedPage::new(host)?;
+        loan::fill_bitmap(&msr_bitmap);
+        let (cpuid, cpuid_version) = guest.cpuid();
+        let features = cpuid.features();
+        let inner = Inner {
+            registers: Registers::default(),
+            modes: Modes::new(caps, features.allowed_cr4()),
+            cr2: 0,
+            cr8: 0,
+            events: Events::default(),
+            extended: Extended::new(host)?,
+            switched: SwitchedMsrs::new(host.cpu()),
+            msrs: MsrStore::new(id == 0),
+            debug: DebugRegisters::default(),
+            host_state: HostState::default(),
+            emulation: Emulation::new(),
+            reserve: Reserve::new(),
+            cpuid,
+            features,
+            cpuid_version,
+            launched: false,
+            primary: setup::primary(caps).bits(),
+            tsc_offset: guest.tsc_offset(),
+            tsc_adjust: 0,
+            on_loan: false,
+            pending_in: None,
+            pdptes_stale: false,
+            flush_linear: false,
+            completed: false,
+            step_due: false,
+            dead: false,
+        };
+        let inner = Lock::new(LockClass::Vcpu, inner)?;
+        let channel = Channel::new(host)?;
+        let operation = guest.membership().platform().operation();
+        let address = vmcs.physical();
+        let place = operation.reserve(address).ok_or(Error::Limit)?;
+        let vcpu = Self {
+            place,
+            inner,
+            vectors: PendingVectors::new(),
+            channel,
+            running: AtomicBool::new(false),
+            on_cpu: AtomicUsize::new(NOWHERE),
+            vmcs,
+            msr_bitmap,
+            number,
+        };
+        vcpu.initialize()?;
+        Ok(Shared::new(vcpu)?)
+    }
+
+    /// Writes the whole VMCS for the first time.
+    fn initialize(&self) -> Result<(), Error> {
+        let pointers = setup::Pointers {
+            msr_bitmap: self.msr_bitmap.physical(),
+            eptp: self.guest().memory().eptp(),
+            vpid: self.vpid(),
+        };
+        let mut inner = self.inner.lock();
+        self.with_vmcs(&mut inner, |current, inner| {
+            setup::write_constant(current, self.guest().caps(), &pointers);
+            current.write(field::TSC_OFFSET, inner.tsc_offset);
+            current.write(field::GUEST_PAT, inner.msrs.pat());
+            current.write(field::GUEST_SYSENTER_CS, 0);
+            current.write(field::GUEST_SYSENTER_ESP, 0);
+            current.write(field::GUEST_SYSENTER_EIP, 0);
+            inner.modes.write_all(current);
+            state::set(inner, current, &state::power_up());
+            inner
+                .registers
+                .set(2, u64::from(self.guest().host().cpu().cpuid(1, 0).eax));
+        })
+    }
+
+    /// The tag in the TLB: not 0, and unlike every other vCPU's.
+    #[expect(clippy::cast_possible_truncation, reason = "at most 1024 places")]
+    fn vpid(&self) -> u16 {
+        (self.place.0 as u16).wrapping_add(1)
+    }
+
+    /// Its number in the VM, 0 to 15.
+    pub fn id(&self) -> u32 {
+        self.number.id
+    }
+
+    /// What it shares with the VM's other vCPUs.
+    pub fn guest(&self) -> &Shared<Guest<H>> {
+        &self.number.guest
+    }
+
+    /// The VMCS region, for logs.
+    pub fn vmcs_address(&self) -> Hpa {
+        self.vmcs.physical()
+    }
+
+    /// SETUP_TUNNEL: where the client finds the tunnel and the I/O buffer.
+    pub fn tunnel_info(&self) -> TunnelInfo {
+        TunnelInfo {
+            va: self.channel.tunnel_address().0,
+            io_va: self.channel.buffer_address().0,
+            size: abi::tunnel::TUNNEL_SIZE,
+            ..TunnelInfo::default()
+        }
+    }
+
+    /// SET_REGS. Waits while another thread is in RUN.
+    ///
+    /// # Errors
+    /// [`Error::Fault`]: the VMCS could not be loaded.
+    pub fn set_regs(&self, registers: &VcpuState) -> Result<(), Error> {
+        let mut inner = self.inner.lock();
+        self.with_vmcs(&mut inner, |current, inner| {
+            state::set(inner, current, registers);
+        })
+    }
+
+    /// GET_REGS. Waits while another thread is in RUN.
+    ///
+    /// # Errors
+    /// [`Error::Fault`]: the VMCS could not be loaded.
+    pub fn regs(&self) -> Result<VcpuState, Error> {
+        let mut inner = self.inner.lock();
+        self.with_vmcs(&mut inner, |current, inner| state::get(inner, current))
+    }
+
+    /// SET_FPU.
+    pub fn set_fpu(&self, image: &FxLayout) {
+        self.inner.lock().extended.set_fx(image);
+    }
+
+    /// GET_FPU.
+    pub fn fpu(&self) -> FxLayout {
+        self.inner.lock().extended.fx()
+    }
+
+    /// SET_MSRS: in order, up to the first that is refused; `done` counts.
+    ///
+    /// # Errors
+    /// [`Error::TooBig`]: more than 31 entries. [`Error::Fault`]: the VMCS
+    /// could not be loaded.
+    pub fn set_msrs(&self, data: &mut MsrData) -> Result<(), Error> {
+        let mut inner = self.inner.lock();
+        self.refresh_cpuid(&mut inner);
+        self.with_vmcs(&mut inner, |current, inner| {
+            msr_list::set(self, inner, current, data)
+        })?
+    }
+
+    /// GET_MSRS: in order, up to the first that is refused; `done` counts.
+    ///
+    /// # Errors
+    /// As [`Vcpu::set_msrs`].
+    pub fn msrs(&self, data: &mut MsrData) -> Result<(), Error> {
+        let mut inner = self.inner.lock();
+        self.refresh_cpuid(&mut inner);
+        self.with_vmcs(&mut inner, |current, inner| {
+            msr_list::get(self, inner, current, data)
+        })?
+    }
+
+    /// INTERRUPT: queues a vector; one that waits already is not queued twice.
+    pub fn interrupt(&self, vector: u8) {
+        self.vectors.post(vector);
+    }
+
+    /// VCPU_DEBUG.
+    ///
+    /// # Errors
+    /// [`Error::Fault`]: the VMCS could not be loaded.
+    pub fn set_debug(&self, debug: &VcpuDebug) -> Result<(), Error> {
+        let mut inner = self.inner.lock();
+        self.with_vmcs(&mut inner, |current, inner| {
+            inner.debug.configure(current, debug);
+            let bitmap = setup::ALWAYS_INTERCEPTED | inner.debug.intercepts();
+            current.write(field::EXCEPTION_BITMAP, bitmap);
+        })
+    }
+
+    /// SET_CPUID, for all vCPUs of the VM.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`]; [`Error::Fault`]: this vCPU is running.
+    pub fn set_cpuid(&self, entries: &[CpuidEntry]) -> Result<(), Error> {
+        if self.running.load(Ordering::Acquire) {
+            return Err(Error::Fault);
+        }
+        self.guest().change_cpuid(|table| table.set(entries))
+    }
+
+    /// GET_CPUID: fills `entries` as far as it goes; returns the rows there are.
+    pub fn cpuid(&self, entries: &mut [CpuidEntry]) -> usize {
+        self.guest().cpuid().0.entries(entries)
+    }
+
+    /// KICKOFF: makes a running guest exit.
+    pub fn kick(&self) {
+        let cpu = self.on_cpu.load(Ordering::SeqCst);
+        if cpu != NOWHERE {
+            self.guest().host().kick(cpu);
+        }
+    }
+
+    /// Takes up a CPUID table that changed since the last look.
+    fn refresh_cpuid(&self, inner: &mut Inner<H>) -> bool {
+        if inner.cpuid_version == self.guest().cpuid_version() {
+            return false;
+        }
+        (inner.cpuid, inner.cpuid_version) = self.guest().cpuid();
+        inner.features = inner.cpuid.features();
+        inner.modes.allow_cr4(inner.features.allowed_cr4());
+        true
+    }
+}
+
+impl<H: Host> Drop for Vcpu<H> {
+    fn drop(&mut self) {
+        // The processor must let go of the VMCS before its page is freed.
+        let operation = self.guest().membership().platform().operation();
+        operation.release(self.place);
+    }
+}

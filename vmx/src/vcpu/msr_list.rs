@@ -1,0 +1,177 @@
+//! The guest's MSRs, for RDMSR and WRMSR and for GET_MSRS and SET_MSRS.
+
+use abi::msr::{MAX_MSRS, MsrData};
+
+use super::msr::{self, GpFault, Msr};
+use super::vmcs::Current;
+use super::{Inner, Vcpu};
+use crate::Error;
+use crate::arch::field;
+use crate::cpu::Cpu;
+use crate::host::Host;
+
+/// Reads an MSR of the guest.
+///
+/// # Errors
+/// There is no such register.
+pub fn read<H: Host>(
+    vcpu: &Vcpu<H>,
+    inner: &mut Inner<H>,
+    current: &Current<'_, H>,
+    register: u32,
+) -> Result<u64, GpFault> {
+    Ok(match msr::classify(register, &inner.features) {
+        Msr::Tsc => current
+            .cpu()
+            .rdtsc()
+            .wrapping_add(vcpu.guest().tsc_offset()),
+        Msr::TscAdjust => inner.tsc_adjust,
+        Msr::Efer => inner.modes.efer(),
+        Msr::FsBase => current.read(field::GUEST_FS_BASE),
+        Msr::GsBase => current.read(field::GUEST_GS_BASE),
+        Msr::Switched => {
+            if inner.on_loan {
+                // SWAPGS may have changed it since the entry.
+                inner.switched.fetch(current.cpu());
+            }
+            inner.switched.get(register).ok_or(GpFault)?
+        }
+        Msr::SysenterCs => u64::from(current.read(field::GUEST_SYSENTER_CS)),
+        Msr::SysenterEsp => current.read(field::GUEST_SYSENTER_ESP),
+        Msr::SysenterEip => current.read(field::GUEST_SYSENTER_EIP),
+        Msr::ApicBase | Msr::Pat | Msr::Stored => inner.msrs.read(register)?,
+        Msr::Unknown => return Err(GpFault),
+    })
+}
+
+/// Writes an MSR of the guest. `by_guest`: WRMSR rather than SET_MSRS.
+///
+/// # Errors
+/// There is no such register, or it does not take the value.
+pub fn write<H: Host>(
+    vcpu: &Vcpu<H>,
+    inner: &mut Inner<H>,
+    current: &Current<'_, H>,
+    register: u32,
+    value: u64,
+    by_guest: bool,
+) -> Result<(), GpFault> {
+    let features = inner.features;
+    let home = msr::classify(register, &features);
+    match home {
+        Msr::Tsc => {
+            let host = current.cpu().rdtsc();
+            set_counter(vcpu, inner, value.wrapping_sub(host), by_guest);
+        }
+        Msr::TscAdjust => {
+            let moved = value.wrapping_sub(inner.tsc_adjust);
+            let offset = vcpu.guest().tsc_offset().wrapping_add(moved);
+            set_counter(vcpu, inner, offset, by_guest);
+            inner.tsc_adjust = value;
+        }
+        Msr::Efer => {
+            inner
+                .modes
+                .write_msr_efer(current, value, &features, by_guest)?;
+        }
+        Msr::ApicBase | Msr::Stored => inner.msrs.write(register, value, &features, by_guest)?,
+        Msr::Pat => {
+            inner.msrs.write(register, value, &features, by_guest)?;
+            current.write(field::GUEST_PAT, inner.msrs.pat());
+        }
+        Msr::Unknown => return Err(GpFault),
+        _ => {
+            let value = msr::accept(register, value, &features)?;
+            match home {
+                Msr::FsBase => current.write(field::GUEST_FS_BASE, value),
+                Msr::GsBase => current.write(field::GUEST_GS_BASE, value),
+                #[expect(clippy::cast_possible_truncation, reason = "the field has 32 bits")]
+                Msr::SysenterCs => current.write(field::GUEST_SYSENTER_CS, value as u32),
+                Msr::SysenterEsp => current.write(field::GUEST_SYSENTER_ESP, value),
+                Msr::SysenterEip => current.write(field::GUEST_SYSENTER_EIP, value),
+                _ if inner.switched.set(register, value) => {
+                    if inner.on_loan {
+                        inner.switched.put(current.cpu(), register);
+                    }
+                }
+                _ => return Err(GpFault),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One counter for the whole VM: what a vCPU's TSC is set to, all have. A
+/// client restores each vCPU's in turn, a little later each time; those that
+/// are near the first are taken for the same moment.
+fn set_counter<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, offset: u64, by_guest: bool) {
+    /// Ticks: well over what a client needs between two vCPUs, a third of a
+    /// second at 3 GHz.
+    const SAME_MOMENT: u64 = 1 << 30;
+    let now = vcpu.guest().tsc_offset();
+    let distance = offset.wrapping_sub(now).min(now.wrapping_sub(offset));
+    if by_guest || vcpu.id() == 0 || distance > SAME_MOMENT {
+        inner.tsc_adjust = inner.tsc_adjust.wrapping_add(offset.wrapping_sub(now));
+        vcpu.guest().set_tsc_offset(offset);
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "MSR numbers have 32 bits")]
+fn number(entry: u64) -> Result<u32, GpFault> {
+    if entry >> 32 != 0 {
+        return Err(GpFault);
+    }
+    Ok(entry as u32)
+}
+
+/// SET_MSRS.
+///
+/// # Errors
+/// [`Error::TooBig`]: more than 31 entries.
+pub fn set<H: Host>(
+    vcpu: &Vcpu<H>,
+    inner: &mut Inner<H>,
+    current: &Current<'_, H>,
+    data: &mut MsrData,
+) -> Result<(), Error> {
+    if data.nr_msr > MAX_MSRS {
+        return Err(Error::TooBig);
+    }
+    data.done = 0;
+    for entry in data.entries.iter().take(usize::from(data.nr_msr)) {
+        let result = number(entry.entry)
+            .and_then(|register| write(vcpu, inner, current, register, entry.value, false));
+        if result.is_err() {
+            log::debug!("SET_MSRS: {:#x} = {:#x} refused", entry.entry, entry.value);
+            break;
+        }
+        data.done = data.done.saturating_add(1);
+    }
+    Ok(())
+}
+
+/// GET_MSRS.
+///
+/// # Errors
+/// [`Error::TooBig`]: more than 31 entries.
+pub fn get<H: Host>(
+    vcpu: &Vcpu<H>,
+    inner: &mut Inner<H>,
+    current: &Current<'_, H>,
+    data: &mut MsrData,
+) -> Result<(), Error> {
+    if data.nr_msr > MAX_MSRS {
+        return Err(Error::TooBig);
+    }
+    data.done = 0;
+    for entry in data.entries.iter_mut().take(usize::from(data.nr_msr)) {
+        let result = number(entry.entry).and_then(|register| read(vcpu, inner, current, register));
+        let Ok(value) = result else {
+            log::debug!("GET_MSRS: {:#x} refused", entry.entry);
+            break;
+        };
+        entry.value = value;
+        data.done = data.done.saturating_add(1);
+    }
+    Ok(())
+}

@@ -1,0 +1,137 @@
+//! Guest registers: the general ones that software switches, and RIP, RSP and
+//! RFLAGS, which live in the VMCS and are read when first asked for and written
+//! back only when changed.
+
+use super::vmcs::Current;
+use crate::arch::field;
+use crate::arch::reg::{Rflags, gpr};
+use crate::cpu::GuestRegs;
+use crate::host::Host;
+
+const RIP: u8 = 1 << 0;
+const RSP: u8 = 1 << 1;
+const RFLAGS: u8 = 1 << 2;
+
+/// The registers of a vCPU, with what is known of those in the VMCS.
+#[derive(Default)]
+pub struct Registers {
+    /// What entry loads and exit stores. Slot 4 is RSP if it is known.
+    pub general: GuestRegs,
+    rip: u64,
+    rflags: u64,
+    /// Of RIP, RSP, RFLAGS: the copy is right.
+    known: u8,
+    /// The copy is newer than the VMCS.
+    changed: u8,
+}
+
+impl Registers {
+    /// RIP.
+    pub fn rip<H: Host>(&mut self, current: &Current<'_, H>) -> u64 {
+        if self.known & RIP == 0 {
+            self.rip = current.read(field::GUEST_RIP);
+            self.known |= RIP;
+        }
+        self.rip
+    }
+
+    /// Sets RIP.
+    pub fn set_rip(&mut self, value: u64) {
+        self.rip = value;
+        self.known |= RIP;
+        self.changed |= RIP;
+    }
+
+    /// RFLAGS.
+    pub fn rflags<H: Host>(&mut self, current: &Current<'_, H>) -> u64 {
+        if self.known & RFLAGS == 0 {
+            self.rflags = current.read(field::GUEST_RFLAGS);
+            self.known |= RFLAGS;
+        }
+        self.rflags
+    }
+
+    /// Sets RFLAGS; bit 1 is forced to 1 and undefined bits to 0, as the
+    /// processor demands at entry (SDM 27.3.1.4 "Checks on Guest RIP, RFLAGS,
+    /// and SSP").
+    pub fn set_rflags(&mut self, value: u64) {
+        self.rflags = (value & crate::arch::reg::RFLAGS_DEFINED) | Rflags::FIXED.bits();
+        self.known |= RFLAGS;
+        self.changed |= RFLAGS;
+    }
+
+    /// A general register by number; RSP too.
+    pub fn get<H: Host>(&mut self, current: &Current<'_, H>, number: u8) -> u64 {
+        let number = usize::from(number & 15);
+        if number == gpr::RSP && self.known & RSP == 0 {
+            self.set_slot(number, current.read(field::GUEST_RSP));
+            self.known |= RSP;
+        }
+        self.slot(number)
+    }
+
+    /// Sets a general register by number; RSP too.
+    pub fn set(&mut self, number: u8, value: u64) {
+        let number = usize::from(number & 15);
+        self.set_slot(number, value);
+        if number == gpr::RSP {
+            self.known |= RSP;
+            self.changed |= RSP;
+        }
+    }
+
+    fn slot(&self, number: usize) -> u64 {
+        self.general.gpr.get(number).copied().unwrap_or(0)
+    }
+
+    fn set_slot(&mut self, number: usize, value: u64) {
+        if let Some(slot) = self.general.gpr.get_mut(number) {
+            *slot = value;
+        }
+    }
+
+    /// All three copies are right after this.
+    pub fn know_all<H: Host>(&mut self, current: &Current<'_, H>) {
+        self.rip(current);
+        self.rflags(current);
+        #[expect(clippy::cast_possible_truncation, reason = "the number is 4")]
+        self.get(current, gpr::RSP as u8);
+    }
+
+    /// RIP, after [`Registers::know_all`].
+    pub fn known_rip(&self) -> u64 {
+        self.rip
+    }
+
+    /// RFLAGS, after [`Registers::know_all`].
+    pub fn known_rflags(&self) -> u64 {
+        self.rflags
+    }
+
+    /// A general register, RSP after [`Registers::know_all`].
+    pub fn known_gpr(&self, number: usize) -> u64 {
+        self.slot(number)
+    }
+
+    /// Writes the changed ones to the VMCS.
+    pub fn flush<H: Host>(&mut self, current: &Current<'_, H>) {
+        if self.changed == 0 {
+            return;
+        }
+        if self.changed & RIP != 0 {
+            current.write(field::GUEST_RIP, self.rip);
+        }
+        if self.changed & RSP != 0 {
+            current.write(field::GUEST_RSP, self.slot(gpr::RSP));
+        }
+        if self.changed & RFLAGS != 0 {
+            current.write(field::GUEST_RFLAGS, self.rflags);
+        }
+        self.changed = 0;
+    }
+
+    /// The guest ran: the copies are no longer right.
+    pub fn forget(&mut self) {
+        self.known = 0;
+    }
+}

@@ -1,0 +1,333 @@
+//! RUN: into the guest and back until an exit is the client's.
+//!
+//! Two nested loops. The inner one ([`Vcpu::on_loan`]) keeps the processor:
+//! VMCS current, guest registers loaded, interrupts off, no sleeping. Exits
+//! that need nothing else are handled there. The outer one does the work that
+//! may sleep, with the processor given back. Host interrupts end RUN: clients
+//! hear of their own events no other way.
+
+use core::sync::atomic::Ordering;
+
+use abi::tunnel::{EXIT_REASON_PAUSE, ExitStatus, TunnelPageFault, USER_EVENT_PENDING};
+use zerocopy::IntoBytes;
+
+use super::decode::Exit;
+use super::handle::{self, Next, Work};
+use super::vmcs::Current;
+use super::{Inner, NOWHERE, Vcpu};
+use crate::Error;
+use crate::arch::addr::Gpa;
+use crate::arch::control::Primary;
+use crate::arch::field;
+use crate::arch::reg::{Cr0, Interruptibility, Rflags};
+use crate::host::{Host, Pinned};
+use crate::memory::{Access, FaultOutcome};
+
+/// Resets the running mark when RUN ends.
+struct Running<'a, H: Host>(&'a Vcpu<H>);
+
+impl<'a, H: Host> Running<'a, H> {
+    fn start(vcpu: &'a Vcpu<H>) -> Result<Self, Error> {
+        if vcpu.running.swap(true, Ordering::AcqRel) {
+            return Err(Error::Busy);
+        }
+        Ok(Self(vcpu))
+    }
+}
+
+impl<H: Host> Drop for Running<'_, H> {
+    fn drop(&mut self) {
+        self.0.running.store(false, Ordering::Release);
+    }
+}
+
+impl<H: Host> Vcpu<H> {
+    /// RUN: runs the guest until an exit is the client's; the tunnel says which.
+    ///
+    /// # Errors
+    /// [`Error::Busy`]: another thread is in RUN. [`Error::Invalid`]: the VM
+    /// entry failed. [`Error::Fault`]: the VMCS could not be loaded.
+    pub fn run(&self) -> Result<(), Error> {
+        let running = Running::start(self)?;
+        let mut inner = self.inner.lock();
+        let status = self.until_exit(&mut inner)?;
+        self.channel.set_exit_status(status.raw());
+        self.channel.set_apic_base(inner.msrs.apic_base());
+        drop(inner);
+        drop(running);
+        if status == ExitStatus::Unknown {
+            return Err(Error::Invalid);
+        }
+        Ok(())
+    }
+
+    fn until_exit(&self, inner: &mut Inner<H>) -> Result<ExitStatus, Error> {
+        if inner.dead {
+            return Ok(ExitStatus::StateChange);
+        }
+        if self.refresh_cpuid(inner) {
+            self.with_vmcs(inner, |current, inner| inner.modes.write_all(current))?;
+        }
+        if let Some(size) = inner.pending_in.take() {
+            let mut data = [0; 4];
+            self.channel.read_buffer(0, &mut data);
+            inner.finish_in(size, data);
+        }
+        let mut next = Next::Resume;
+        if inner.emulation.is_under_way() {
+            inner.emulation.answer(self.channel.fast_mmio_value());
+            next = self.emulate(inner)?;
+        }
+        if next == Next::Resume && self.channel.exit_reason() == EXIT_REASON_PAUSE {
+            return Ok(ExitStatus::Paused);
+        }
+        loop {
+            next = match next {
+                Next::Leave(status) => return Ok(status),
+                Next::Resume if self.must_return() => return Ok(ExitStatus::Interrupt),
+                Next::Resume => self.in_guest(inner)?,
+                Next::Work(_) if self.guest().host().event_pending() => {
+                    // Nothing is lost: the guest touches the page again, or
+                    // the emulation goes on at the next RUN.
+                    return Ok(ExitStatus::Interrupt);
+                }
+                Next::Work(Work::Memory { gpa, access }) => {
+                    self.memory_fault(inner, gpa, access)?
+                }
+                Next::Work(Work::Emulate) => self.emulate(inner)?,
+                Next::Work(Work::Pdptes) => self.load_pdptes(inner)?,
+            };
+        }
+    }
+
+    /// The client or the host wants the thread.
+    fn must_return(&self) -> bool {
+        self.user_event() || self.guest().host().event_pending()
+    }
+
+    /// Takes the client's request to return, if there is one.
+    fn user_event(&self) -> bool {
+        let word = self.channel.user_event();
+        if word & USER_EVENT_PENDING == 0 {
+            return false;
+        }
+        self.channel.set_user_event(word & !USER_EVENT_PENDING);
+        true
+    }
+
+    /// Takes the processor, runs the guest, gives the processor back.
+    fn in_guest(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
+        let host = self.guest().host();
+        let pinned = Pinned::new(host);
+        inner.extended.load(host, inner.modes.has_osxsave());
+        let result = match self.load(inner, &pinned) {
+            Ok(current) => {
+                let next = self.on_loan(inner, &current, pinned.cpu_number());
+                inner.registers.flush(&current);
+                if current.failure().is_some() {
+                    inner.dead = true;
+                    Err(Error::Fault)
+                } else {
+                    Ok(next)
+                }
+            }
+            Err(error) => Err(error),
+        };
+        inner.extended.save(host);
+        result
+    }
+
+    /// The inner loop. Interrupts are off.
+    fn on_loan(&self, inner: &mut Inner<H>, current: &Current<'_, H>, cpu_number: usize) -> Next {
+        let cpu = current.cpu();
+        inner.host_state.refresh(current);
+        let offset = self.guest().tsc_offset();
+        if inner.tsc_offset != offset {
+            inner.tsc_offset = offset;
+            current.write(field::TSC_OFFSET, offset);
+        }
+        inner.switched.load(cpu, inner.modes.has_syscall());
+        inner.on_loan = true;
+        inner.debug.load(cpu);
+        self.on_cpu.store(cpu_number, Ordering::SeqCst);
+        let next = loop {
+            match self.once(inner, current, cpu_number) {
+                Next::Resume if current.failure().is_some() => {
+                    break handle::lost(inner, "VMCS access failed");
+                }
+                Next::Resume if self.user_event() => break Next::Leave(ExitStatus::Interrupt),
+                Next::Resume => {}
+                next => break next,
+            }
+        };
+        self.on_cpu.store(NOWHERE, Ordering::SeqCst);
+        let ready = next == Next::Leave(ExitStatus::Hlt) || self.is_ready(inner, current);
+        self.channel.set_ready(u32::from(ready));
+        inner.debug.restore(cpu);
+        inner.on_loan = false;
+        inner.switched.restore(cpu);
+        inner.host_state.restore(self.guest().host());
+        next
+    }
+
+    /// One entry and its exit.
+    fn once(&self, inner: &mut Inner<H>, current: &Current<'_, H>, cpu_number: usize) -> Next {
+        if let Some(next) = self.prepare(inner, current) {
+            return next;
+        }
+        match self.enter(inner, current, cpu_number) {
+            Ok(Ok(())) => {}
+            Ok(Err(failure)) => {
+                let number = current.read(field::INSTRUCTION_ERROR);
+                log::error!("VM entry: {failure:?}, instruction error {number}");
+                inner.dead = true;
+                return Next::Leave(ExitStatus::Unknown);
+            }
+            Err(_) => return handle::lost(inner, "processor without a record"),
+        }
+        let (exit, reason) = Exit::read(current);
+        self.channel.set_exit_reason(u32::from(reason.0));
+        if exit.during_delivery() {
+            inner.events.take_interrupted(current);
+        }
+        handle::dispatch(self, inner, current, exit)
+    }
+
+    /// What must be right before an entry; `Some` if there is to be none.
+    fn prepare(&self, inner: &mut Inner<H>, current: &Current<'_, H>) -> Option<Next> {
+        if core::mem::take(&mut inner.completed) {
+            handle::completed(inner, current);
+        }
+        if core::mem::take(&mut inner.step_due) {
+            return Some(handle::exception::stepped(self, inner, current));
+        }
+        if inner.pdptes_stale {
+            if inner.modes.uses_pdptes() {
+                return Some(Next::Work(Work::Pdptes));
+            }
+            inner.pdptes_stale = false;
+        }
+        let unrestricted = self.guest().caps().has_unrestricted_guest();
+        if !unrestricted && inner.modes.needs_client_emulation(current) {
+            return Some(Next::Leave(ExitStatus::RealMode));
+        }
+        let window = self.inject(inner, current);
+        if inner.events.is_lost() {
+            return Some(handle::lost(inner, "triple fault"));
+        }
+        self.set_primary(inner, current, window);
+        None
+    }
+
+    /// Gives the entry an event, if one can be delivered. Returns whether an
+    /// exit is wanted as soon as the guest can take an interrupt.
+    fn inject(&self, inner: &mut Inner<H>, current: &Current<'_, H>) -> bool {
+        let asked = self.channel.window() != 0;
+        let injected = inner.events.is_waiting() && {
+            let protected = inner.modes.cr0(current) & Cr0::PE.bits() != 0;
+            inner.events.inject(current, protected)
+        };
+        let tpr = inner.cr8 << 4;
+        let Some(vector) = self.vectors.deliverable(tpr) else {
+            return asked;
+        };
+        if injected || !can_interrupt(inner, current) {
+            return true;
+        }
+        self.vectors.take(vector);
+        super::events::Events::inject_vector(current, vector);
+        // SDM 27.7.2 "Activity State": an injected event wakes a halted guest;
+        // this one is never halted in the VMCS.
+        asked || self.vectors.deliverable(tpr).is_some()
+    }
+
+    fn set_primary(&self, inner: &mut Inner<H>, current: &Current<'_, H>, window: bool) {
+        let mut wanted = super::setup::primary(self.guest().caps());
+        wanted.set(Primary::INTERRUPT_WINDOW_EXITING, window);
+        wanted.set(Primary::MONITOR_TRAP_FLAG, inner.debug.steps());
+        if wanted.bits() != inner.primary {
+            inner.primary = wanted.bits();
+            current.write(field::PRIMARY_CONTROLS, inner.primary);
+        }
+    }
+
+    /// INTERRUPT would be queued, and delivered at the next entry.
+    fn is_ready(&self, inner: &mut Inner<H>, current: &Current<'_, H>) -> bool {
+        self.vectors.is_empty() && !inner.events.is_waiting() && can_interrupt(inner, current)
+    }
+
+    /// An EPT violation.
+    fn memory_fault(&self, inner: &mut Inner<H>, gpa: Gpa, access: Access) -> Result<Next, Error> {
+        let outcome = self.guest().memory().fault(gpa, access, &mut inner.reserve);
+        Ok(match outcome {
+            Ok(FaultOutcome::Mapped | FaultOutcome::Retry) => Next::Resume,
+            Ok(FaultOutcome::Interrupted) => Next::Leave(ExitStatus::Interrupt),
+            Ok(FaultOutcome::Protected { gpa }) => self.report_protected(gpa, access),
+            Ok(FaultOutcome::Mmio | FaultOutcome::RomWrite) if inner.events.is_waiting() => {
+                log::error!("event delivery through device memory at {gpa:?}");
+                handle::lost(inner, "event delivery through device memory")
+            }
+            Ok(FaultOutcome::Mmio | FaultOutcome::RomWrite) => self.emulate(inner)?,
+            Err(error) => {
+                log::error!("guest memory at {gpa:?}: {error:?}");
+                handle::lost(inner, "guest memory cannot be used")
+            }
+        })
+    }
+
+    /// PAGEFAULT: the client is to make the pages of the group accessible.
+    pub(super) fn report_protected(&self, gpa: Gpa, access: Access) -> Next {
+        let view = TunnelPageFault {
+            gpa: gpa.0,
+            flags: u32::from(access.read)
+                | u32::from(access.write) << 1
+                | u32::from(access.fetch) << 2,
+            ..TunnelPageFault::default()
+        };
+        self.channel.set_view(view.as_bytes());
+        Next::Leave(ExitStatus::PageFault)
+    }
+
+    /// Loads the PDPTEs for PAE paging from memory: SDM 4.4.1 "PDPTE
+    /// Registers"; with EPT an entry takes them from the VMCS.
+    fn load_pdptes(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
+        /// Bits of a present PDPTE that must be 0, below the address.
+        const RESERVED: u64 = 0x1e6;
+        let cr3 = self.with_vmcs(inner, |current, _| current.read(field::GUEST_CR3))?;
+        let mut bytes = [0; 32];
+        let table = Gpa(cr3 & 0xffff_ffe0);
+        if let Err(error) = self.guest().memory().read(table, &mut bytes) {
+            log::warn!("PDPTEs at {table:?}: {error:?}");
+        }
+        let mut entries = [0; 4];
+        for (entry, raw) in entries.iter_mut().zip(bytes.chunks_exact(8)) {
+            *entry = u64::from_le_bytes(raw.try_into().unwrap_or_default());
+        }
+        let bits = u32::from(self.guest().caps().physical_bits.min(52));
+        let above = !0u64.checked_shl(bits).map_or(0, |mask| !mask);
+        let bad = |entry: &u64| entry & 1 != 0 && entry & (RESERVED | above) != 0;
+        inner.pdptes_stale = false;
+        if entries.iter().any(bad) {
+            let exception = crate::arch::event::Exception::gp(0);
+            return Ok(handle::raise(self, inner, exception));
+        }
+        self.with_vmcs(inner, |current, _| {
+            let [e0, e1, e2, e3] = entries;
+            current.write(field::GUEST_PDPTE0, e0);
+            current.write(field::GUEST_PDPTE1, e1);
+            current.write(field::GUEST_PDPTE2, e2);
+            current.write(field::GUEST_PDPTE3, e3);
+        })?;
+        Ok(Next::Resume)
+    }
+}
+
+/// The guest can take an external interrupt: SDM 6.8.1 "Masking Maskable
+/// Hardware Interrupts", 25.4.2, table 25-3.
+fn can_interrupt<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> bool {
+    if inner.registers.rflags(current) & Rflags::IF.bits() == 0 {
+        return false;
+    }
+    let shadows = Interruptibility::STI | Interruptibility::MOV_SS;
+    current.read(field::GUEST_INTERRUPTIBILITY) & shadows.bits() == 0
+}

@@ -1,0 +1,62 @@
+//! The VMCS of a new vCPU: the fields that never change.
+
+use super::vmcs::Current;
+use crate::arch::control::{Primary, Secondary};
+use crate::arch::event::vector;
+use crate::arch::{addr::Hpa, field};
+use crate::caps::Caps;
+use crate::host::Host;
+
+/// What the fields point to.
+pub struct Pointers {
+    /// The MSR bitmap.
+    pub msr_bitmap: Hpa,
+    /// The EPT pointer.
+    pub eptp: u64,
+    /// This vCPU's tag in the TLB, not 0.
+    pub vpid: u16,
+}
+
+/// Exceptions that always exit: #MC is the host's; endless #DB or #AC would
+/// keep the processor from taking interrupts.
+pub const ALWAYS_INTERCEPTED: u32 = 1 << vector::MC | 1 << vector::DB | 1 << vector::AC;
+
+/// The primary controls without window exiting.
+pub fn primary(caps: &Caps) -> Primary {
+    caps.primary
+        .difference(Primary::INTERRUPT_WINDOW_EXITING | Primary::NMI_WINDOW_EXITING)
+}
+
+/// Writes the controls and everything that stays as it is.
+pub fn write_constant<H: Host>(current: &Current<'_, H>, caps: &Caps, pointers: &Pointers) {
+    current.write(field::PIN_CONTROLS, caps.pin.bits());
+    current.write(field::PRIMARY_CONTROLS, primary(caps).bits());
+    if caps.primary.contains(Primary::ACTIVATE_SECONDARY) {
+        current.write(field::SECONDARY_CONTROLS, caps.secondary.bits());
+    }
+    current.write(field::EXIT_CONTROLS, caps.exit.bits());
+    current.write(field::ENTRY_CONTROLS, caps.entry.bits());
+    current.write(field::EXCEPTION_BITMAP, ALWAYS_INTERCEPTED);
+    // With bit 14 of the bitmap clear, mask 0 and match 0 exit on no #PF: SDM
+    // 26.2 "Other Causes of VM Exits".
+    current.write(field::PAGE_FAULT_ERROR_MASK, 0);
+    current.write(field::PAGE_FAULT_ERROR_MATCH, 0);
+    current.write(field::CR3_TARGET_COUNT, 0);
+    current.write(field::EXIT_MSR_STORE_COUNT, 0);
+    current.write(field::EXIT_MSR_LOAD_COUNT, 0);
+    current.write(field::ENTRY_MSR_LOAD_COUNT, 0);
+    current.write(field::ENTRY_INTERRUPTION_INFO, 0);
+    current.write(field::MSR_BITMAPS, pointers.msr_bitmap.0);
+    // SDM 25.4.2 "Guest Non-Register State": all ones without VMCS shadowing.
+    current.write(field::VMCS_LINK_POINTER, u64::MAX);
+    if caps.secondary.contains(Secondary::ENABLE_EPT) {
+        current.write(field::EPT_POINTER, pointers.eptp);
+    }
+    if caps.secondary.contains(Secondary::ENABLE_VPID) {
+        current.write(field::VPID, pointers.vpid);
+    }
+    current.write(field::GUEST_DEBUGCTL, 0);
+    current.write(field::GUEST_ACTIVITY, 0);
+    current.write(field::GUEST_INTERRUPTIBILITY, 0);
+    current.write(field::GUEST_PENDING_DEBUG, 0);
+}

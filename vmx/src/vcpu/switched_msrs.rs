@@ -1,0 +1,155 @@
+//! MSRs that neither VM entry nor VM exit switches: SYSCALL's, SWAPGS's, TSC_AUX.
+//!
+//! By hand rather than by MSR lists: only those that differ are written, and
+//! SYSCALL's only for a guest that can use them.
+// UNSAFETY: WRMSR of registers that exist, host values put back by `restore`.
+#![expect(unsafe_code)]
+
+use crate::arch::msr;
+use crate::cpu::Cpu;
+
+/// The registers, in the order of the arrays below. KERNEL_GS_BASE comes
+/// first: SWAPGS changes it without an exit.
+const REGISTERS: [u32; 6] = [
+    msr::IA32_KERNEL_GSBASE,
+    msr::IA32_STAR,
+    msr::IA32_LSTAR,
+    msr::IA32_CSTAR,
+    msr::IA32_FMASK,
+    msr::IA32_TSC_AUX,
+];
+const KERNEL_GS_BASE: usize = 0;
+const TSC_AUX: usize = 5;
+
+/// Values of [`REGISTERS`] for guest and host.
+#[derive(Default)]
+pub struct SwitchedMsrs {
+    guest: [u64; 6],
+    host: [u64; 6],
+    /// Host values of the others are known: they are fixed per processor.
+    host_known: bool,
+    /// SYSCALL's registers are the guest's now.
+    syscall: bool,
+    /// RDTSCP and with it TSC_AUX exist here.
+    has_tsc_aux: bool,
+}
+
+fn write(cpu: &impl Cpu, index: usize, value: u64) {
+    if let Some(register) = REGISTERS.get(index) {
+        // SAFETY: the registers exist in 64-bit mode (TSC_AUX: checked); guest
+        // values were checked when they were set; the host's are its own.
+        unsafe { cpu.wrmsr(*register, value) };
+    }
+}
+
+fn read(cpu: &impl Cpu, index: usize) -> u64 {
+    REGISTERS.get(index).map_or(0, |register| {
+        // SAFETY: as in `write`.
+        unsafe { cpu.rdmsr(*register) }
+    })
+}
+
+impl SwitchedMsrs {
+    /// All zero, as after reset.
+    pub fn new(cpu: &impl Cpu) -> Self {
+        Self {
+            // SDM vol. 4, table 2-2: TSC_AUX goes with RDTSCP.
+            has_tsc_aux: cpu.cpuid(0x8000_0001, 0).edx & (1 << 27) != 0,
+            ..Self::default()
+        }
+    }
+
+    fn place(register: u32) -> Option<usize> {
+        REGISTERS.iter().position(|r| *r == register)
+    }
+
+    /// The guest's value; `None` if the register is not one of these.
+    pub fn get(&self, register: u32) -> Option<u64> {
+        let place = Self::place(register)?;
+        self.guest.get(place).copied()
+    }
+
+    /// Sets the guest's value; `false` if the register is not one of these.
+    /// The caller has checked the value.
+    pub fn set(&mut self, register: u32, value: u64) -> bool {
+        let slot = Self::place(register).and_then(|place| self.guest.get_mut(place));
+        match slot {
+            Some(slot) => {
+                *slot = value;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The VMCS came to another processor: its host values are not known.
+    pub fn moved(&mut self) {
+        self.host_known = false;
+    }
+
+    fn uses(&self, index: usize) -> bool {
+        match index {
+            KERNEL_GS_BASE => true,
+            TSC_AUX => self.has_tsc_aux,
+            _ => self.syscall,
+        }
+    }
+
+    fn differs(&self, index: usize) -> bool {
+        self.guest.get(index) != self.host.get(index)
+    }
+
+    /// Gives the processor the guest's values. `syscall`: the guest can
+    /// execute SYSCALL.
+    pub fn load(&mut self, cpu: &impl Cpu, syscall: bool) {
+        self.syscall = syscall;
+        for index in 0..REGISTERS.len() {
+            let fixed = index != KERNEL_GS_BASE;
+            if !(fixed && self.host_known) && (index != TSC_AUX || self.has_tsc_aux) {
+                if let Some(slot) = self.host.get_mut(index) {
+                    *slot = read(cpu, index);
+                }
+            }
+            if self.uses(index) && self.differs(index) {
+                write(cpu, index, self.guest.get(index).copied().unwrap_or(0));
+            }
+        }
+        self.host_known = true;
+    }
+
+    /// The guest became able to use SYSCALL while its values are loaded.
+    pub fn start_syscall(&mut self, cpu: &impl Cpu, syscall: bool) {
+        if syscall && !self.syscall {
+            self.syscall = true;
+            for index in 0..REGISTERS.len() {
+                if index != KERNEL_GS_BASE && index != TSC_AUX && self.differs(index) {
+                    write(cpu, index, self.guest.get(index).copied().unwrap_or(0));
+                }
+            }
+        }
+    }
+
+    /// A guest value changed while the guest's values are loaded.
+    pub fn put(&self, cpu: &impl Cpu, register: u32) {
+        if let Some(index) = Self::place(register).filter(|index| self.uses(*index)) {
+            write(cpu, index, self.guest.get(index).copied().unwrap_or(0));
+        }
+    }
+
+    /// Keeps what the guest changed without an exit: KERNEL_GS_BASE.
+    pub fn fetch(&mut self, cpu: &impl Cpu) {
+        if let Some(slot) = self.guest.get_mut(KERNEL_GS_BASE) {
+            *slot = read(cpu, KERNEL_GS_BASE);
+        }
+    }
+
+    /// Gives the processor the host's values back.
+    pub fn restore(&mut self, cpu: &impl Cpu) {
+        self.fetch(cpu);
+        for index in 0..REGISTERS.len() {
+            if self.uses(index) && self.differs(index) {
+                write(cpu, index, self.host.get(index).copied().unwrap_or(0));
+            }
+        }
+    }
+}

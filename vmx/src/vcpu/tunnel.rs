@@ -1,0 +1,154 @@
+//! The tunnel and the I/O buffer: two pages shared with the client.
+//!
+//! The client can write both at any time, so nothing here is a reference to
+//! them: each word is one volatile access, and what is read is checked where
+//! it is used. What this vCPU must remember it remembers elsewhere.
+// UNSAFETY: volatile access to pages that a user-space process can write.
+#![expect(unsafe_code)]
+
+use abi::tunnel::{FastMmio, Tunnel};
+use core::mem::offset_of;
+
+use crate::arch::addr::Hva;
+use crate::fallible::NoMemory;
+use crate::host::{Host, SharedPage};
+
+/// Bytes of the I/O buffer that the interface defines.
+pub const IO_BUFFER_SIZE: usize = abi::tunnel::IO_BUFFER_SIZE;
+
+/// The two shared pages of a vCPU.
+pub struct Channel<H: Host> {
+    tunnel: H::SharedPage,
+    buffer: H::SharedPage,
+}
+
+impl<H: Host> Channel<H> {
+    /// Makes both pages and maps them into the calling process.
+    ///
+    /// # Errors
+    /// [`NoMemory`].
+    pub fn new(host: &H) -> Result<Self, NoMemory> {
+        Ok(Self {
+            tunnel: host.shared_page()?,
+            buffer: host.shared_page()?,
+        })
+    }
+
+    /// Where the client sees the tunnel.
+    pub fn tunnel_address(&self) -> Hva {
+        self.tunnel.user()
+    }
+
+    /// Where the client sees the I/O buffer.
+    pub fn buffer_address(&self) -> Hva {
+        self.buffer.user()
+    }
+
+    fn get<T: Copy>(&self, offset: usize) -> T {
+        let at = self
+            .tunnel
+            .kernel()
+            .as_ptr()
+            .wrapping_add(offset)
+            .cast::<T>();
+        // SAFETY: offset_of!(Tunnel, ..) of a T lies in the page and is aligned
+        // for T; T is an integer, so any bytes are a value.
+        unsafe { at.read_volatile() }
+    }
+
+    fn set<T: Copy>(&self, offset: usize, value: T) {
+        let at = self
+            .tunnel
+            .kernel()
+            .as_ptr()
+            .wrapping_add(offset)
+            .cast::<T>();
+        // SAFETY: as in `get`.
+        unsafe { at.write_volatile(value) };
+    }
+
+    /// The basic exit reason, or the client's request to pause.
+    pub fn exit_reason(&self) -> u32 {
+        self.get(offset_of!(Tunnel, exit_reason))
+    }
+
+    /// Tells the basic exit reason.
+    pub fn set_exit_reason(&self, reason: u32) {
+        self.set(offset_of!(Tunnel, exit_reason), reason);
+    }
+
+    /// Tells why RUN returned.
+    pub fn set_exit_status(&self, status: u32) {
+        self.set(offset_of!(Tunnel, exit_status), status);
+    }
+
+    /// Bit 0: the client wants RUN to return.
+    pub fn user_event(&self) -> u32 {
+        self.get(offset_of!(Tunnel, user_event_pending))
+    }
+
+    /// Takes the client's wish away.
+    pub fn set_user_event(&self, value: u32) {
+        self.set(offset_of!(Tunnel, user_event_pending), value);
+    }
+
+    /// 1: INTERRUPT would be queued and delivered soon.
+    pub fn set_ready(&self, value: u32) {
+        self.set(offset_of!(Tunnel, ready_for_interrupt_injection), value);
+    }
+
+    /// Non-zero: return as soon as the guest can take an interrupt.
+    pub fn window(&self) -> u32 {
+        self.get(offset_of!(Tunnel, request_interrupt_window))
+    }
+
+    /// Tells the guest's IA32_APIC_BASE.
+    pub fn set_apic_base(&self, value: u64) {
+        self.set(offset_of!(Tunnel, apic_base), value);
+    }
+
+    /// Stores `bytes` in the exit's own part of the tunnel.
+    pub fn set_view(&self, bytes: &[u8]) {
+        let start = offset_of!(Tunnel, view);
+        for (i, byte) in bytes.iter().take(24).enumerate() {
+            self.set(start.wrapping_add(i), *byte);
+        }
+    }
+
+    /// Copies from the I/O buffer; what lies past its 64 bytes stays as it is.
+    pub fn read_buffer(&self, offset: usize, into: &mut [u8]) {
+        let room = IO_BUFFER_SIZE.saturating_sub(offset);
+        for (i, byte) in into.iter_mut().take(room).enumerate() {
+            let at = offset.wrapping_add(i);
+            let from = self.buffer.kernel().as_ptr().wrapping_add(at);
+            // SAFETY: `at` is below 64, inside the page.
+            *byte = unsafe { from.read_volatile() };
+        }
+    }
+
+    /// Copies to the I/O buffer; what lies past its 64 bytes is dropped.
+    pub fn write_buffer(&self, offset: usize, from: &[u8]) {
+        let room = IO_BUFFER_SIZE.saturating_sub(offset);
+        for (i, byte) in from.iter().take(room).enumerate() {
+            let at = offset.wrapping_add(i);
+            let to = self.buffer.kernel().as_ptr().wrapping_add(at);
+            // SAFETY: `at` is below 64, inside the page.
+            unsafe { to.write_volatile(*byte) };
+        }
+    }
+
+    /// Fills the fast-MMIO record: `direction` 0 is a read, 1 a write.
+    pub fn set_fast_mmio(&self, gpa: u64, value: u64, size: u8, direction: u8) {
+        self.write_buffer(offset_of!(FastMmio, gpa), &gpa.to_le_bytes());
+        self.write_buffer(offset_of!(FastMmio, value), &value.to_le_bytes());
+        self.write_buffer(offset_of!(FastMmio, size), &[size]);
+        self.write_buffer(offset_of!(FastMmio, direction), &[direction]);
+    }
+
+    /// The value a client put into the fast-MMIO record for a read.
+    pub fn fast_mmio_value(&self) -> u64 {
+        let mut bytes = [0; 8];
+        self.read_buffer(offset_of!(FastMmio, value), &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+}

@@ -1,0 +1,90 @@
+//! The loaded VMCS: the only way to read or write its fields.
+// UNSAFETY: executes VMREAD and VMWRITE on a VMCS that a loan keeps current.
+#![expect(unsafe_code)]
+
+use core::cell::Cell;
+
+use crate::arch::field::{self, Field, Readable, Width};
+use crate::cpu::Cpu;
+use crate::host::Host;
+use crate::operation::Loan;
+
+/// A VMCS that is current on this processor, with interrupts off.
+///
+/// VMREAD and VMWRITE of a field that every supported processor has cannot
+/// fail on a current VMCS. Should one fail all the same, the first failure is
+/// kept, reads give 0, and [`Current::failure`] ends the vCPU: never the host.
+pub struct Current<'a, H: Host> {
+    cpu: &'a H::Cpu,
+    loan: Loan<'a, H>,
+    failed: Cell<Option<u32>>,
+}
+
+impl<'a, H: Host> Current<'a, H> {
+    /// Wraps a loan.
+    pub fn new(host: &'a H, loan: Loan<'a, H>) -> Self {
+        Self {
+            cpu: host.cpu(),
+            loan,
+            failed: Cell::new(None),
+        }
+    }
+
+    /// The processor.
+    pub fn cpu(&self) -> &'a H::Cpu {
+        self.cpu
+    }
+
+    /// See [`Loan::is_fresh`].
+    pub fn is_fresh(&self) -> bool {
+        self.loan.is_fresh()
+    }
+
+    /// VMREAD.
+    #[inline]
+    pub fn read<F: Readable>(&self, field: F) -> <F::Width as Width>::Value {
+        let encoding = field.encoding();
+        // SAFETY: the loan keeps a VMCS of ours current.
+        match unsafe { self.cpu.vmread(encoding) } {
+            Ok(raw) => F::Width::truncate(raw),
+            Err(_) => {
+                self.note(encoding);
+                F::Width::truncate(0)
+            }
+        }
+    }
+
+    /// VMWRITE.
+    #[inline]
+    pub fn write<W: Width>(&self, field: Field<W>, value: W::Value) {
+        let encoding = field.encoding();
+        // SAFETY: the loan keeps a VMCS of ours current. Host-state fields and
+        // physical addresses are written by `setup` only, from values the host
+        // itself uses and from pages that the vCPU owns.
+        if unsafe { self.cpu.vmwrite(encoding, value.into()) }.is_err() {
+            self.note(encoding);
+        }
+    }
+
+    /// VMREAD of any field, for a dump; `None` if the processor has none such.
+    pub fn peek(&self, encoding: u32) -> Option<u64> {
+        // SAFETY: the loan keeps a VMCS of ours current.
+        unsafe { self.cpu.vmread(encoding) }.ok()
+    }
+
+    #[cold]
+    fn note(&self, encoding: u32) {
+        if self.failed.get().is_none() {
+            self.failed.set(Some(encoding));
+            log::error!(
+                "VMREAD or VMWRITE of {} ({encoding:#x}) failed",
+                field::name(encoding)
+            );
+        }
+    }
+
+    /// The first field whose access failed.
+    pub fn failure(&self) -> Option<u32> {
+        self.failed.get()
+    }
+}
