@@ -284,7 +284,7 @@ impl Insn {
         self.operands.get(n).copied().unwrap_or(Operand::None)
     }
 
-    /// The memory operand named by ModRM, if any.
+    /// The first memory operand, if any.
     #[must_use]
     pub fn memory(&self) -> Option<Mem> {
         self.operands.iter().find_map(|operand| match operand {

@@ -87,13 +87,8 @@ impl<M: Machine> Run<'_, M> {
             Exception::PROTECTION
         };
         let more = u64::from(size.max(1)).wrapping_sub(1);
+        let linear = self.unchecked_linear(seg, offset);
         if self.insn.mode == Mode::Bits64 {
-            // Only FS and GS have a base (SDM 1 3.4.2.1).
-            let base = match seg {
-                Seg::Fs | Seg::Gs => state.base,
-                _ => 0,
-            };
-            let linear = base.wrapping_add(offset);
             let last = linear.wrapping_add(more);
             if !(self.is_canonical(linear) && self.is_canonical(last)) {
                 return Self::fault(refused);
@@ -104,7 +99,28 @@ impl<M: Machine> Run<'_, M> {
         if !rights_hold || !within_limit(&state, offset, offset.wrapping_add(more)) {
             return Self::fault(refused);
         }
-        Ok(truncate(state.base.wrapping_add(offset), 4))
+        Ok(linear)
+    }
+
+    /// Segment base plus offset.
+    pub(super) fn unchecked_linear(&self, seg: Seg, offset: u64) -> u64 {
+        let base = self.machine.segment(seg).base;
+        match (self.insn.mode, seg) {
+            // Only FS and GS have a base there (SDM 1 3.4.2.1).
+            (Mode::Bits64, Seg::Fs | Seg::Gs) => base.wrapping_add(offset),
+            (Mode::Bits64, _) => offset,
+            _ => truncate(base.wrapping_add(offset), 4),
+        }
+    }
+
+    /// #GP for an address that is not a multiple of `size`, whatever the segment
+    /// and before its limit is looked at.
+    pub(super) fn require_alignment(&self, mem: &Mem, size: u8) -> Outcome<()> {
+        let linear = self.unchecked_linear(mem.seg, self.offset(mem, 0));
+        if linear & u64::from(size).wrapping_sub(1) != 0 {
+            return Self::fault(Exception::PROTECTION);
+        }
+        Ok(())
     }
 
     /// SDM 1 3.3.7.1 "Canonical Addressing".
@@ -159,5 +175,7 @@ fn within_limit(state: &SegmentState, first: u64, last: u64) -> bool {
         };
         return first > limit && last <= top;
     }
-    last <= limit
+    // With the largest limit an access that wraps "may or may not cause the
+    // indicated exceptions": processors let it wrap.
+    last <= limit || state.limit == u32::MAX
 }

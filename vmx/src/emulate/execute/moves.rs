@@ -6,7 +6,7 @@ use super::flags::{self, STATUS, ZF, condition, extend, mask, when};
 use super::{Outcome, Run};
 use crate::emulate::Step;
 use crate::emulate::insn::{Op, Operand};
-use crate::emulate::machine::{Exception, Gpr, Machine};
+use crate::emulate::machine::{Gpr, Machine};
 
 impl<M: Machine> Run<'_, M> {
     /// Dispatches the instructions of this file.
@@ -126,10 +126,7 @@ impl<M: Machine> Run<'_, M> {
         let expected = pair(self.reg(Gpr::Rdx, half), self.reg(Gpr::Rax, half));
         let replacement = pair(self.reg(Gpr::Rcx, half), self.reg(Gpr::Rbx, half));
         if mem.size == 16 {
-            let linear = self.linear(mem.seg, self.offset(&mem, 0), 16, Intent::Modify)?;
-            if linear & 15 != 0 {
-                return Self::fault(Exception::PROTECTION);
-            }
+            self.require_alignment(&mem, 16)?;
         }
         let span = self.memory(&mem, 0, Intent::Modify)?;
         let place = Place::Memory(span);

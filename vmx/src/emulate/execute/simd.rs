@@ -87,7 +87,7 @@ impl<M: Machine> Run<'_, M> {
         match self.operand(n) {
             Operand::Vector { index, .. } => bytes = self.machine.vector(index),
             Operand::Mem(mem) => {
-                self.check_vector_alignment(&mem, Intent::Read)?;
+                self.check_vector_alignment(&mem)?;
                 let span = self.memory(&mem, 0, Intent::Read)?;
                 self.read(&span, &mut bytes)?;
             }
@@ -99,16 +99,11 @@ impl<M: Machine> Run<'_, M> {
         Ok(bytes)
     }
 
-    /// #GP for a misaligned operand of an aligned move, whatever the segment.
-    fn check_vector_alignment(&mut self, mem: &Mem, intent: Intent) -> Outcome<()> {
-        if self.insn.op == Op::VecMoveAligned {
-            let offset = self.offset(mem, 0);
-            let linear = self.linear(mem.seg, offset, mem.size, intent)?;
-            if linear & u64::from(mem.size).wrapping_sub(1) != 0 {
-                return Self::fault(Exception::PROTECTION);
-            }
+    fn check_vector_alignment(&self, mem: &Mem) -> Outcome<()> {
+        match self.insn.op {
+            Op::VecMoveAligned => self.require_alignment(mem, mem.size),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Loads, and moves between registers. `size` is the destination's.
@@ -168,7 +163,7 @@ impl<M: Machine> Run<'_, M> {
 
     /// What a store writes to memory, in the first bytes.
     fn vector_result(&mut self, mem: &Mem) -> Outcome<Bytes> {
-        self.check_vector_alignment(mem, Intent::Write)?;
+        self.check_vector_alignment(mem)?;
         let source = self.vector_operand(1)?;
         Ok(match self.insn.op {
             Op::VecMove | Op::VecMoveAligned | Op::VecStore => source,

@@ -26,12 +26,26 @@ struct Batch {
     down: bool,
 }
 
+/// What one pass did.
+struct Pass {
+    /// Elements moved or compared.
+    count: u64,
+    /// The status flags of a comparison.
+    found: Option<u64>,
+}
+
+/// A repeated comparison also stops on ZF.
+fn ends_early(repeat: Repeat, found: Option<u64>) -> bool {
+    found.is_some_and(|flags| (flags & ZF != 0) != (repeat == Repeat::Equal))
+}
+
 impl<M: Machine> Run<'_, M> {
     /// Runs a string instruction until it is complete or has to stop.
     pub(super) fn string(&mut self) -> Outcome<Next> {
         let repeat = self.insn.prefixes.repeat;
         if repeat == Repeat::No {
-            self.pass(1)?;
+            let found = self.pass(1)?.found;
+            self.commit_comparison(found);
             return Ok(Next::Sequential);
         }
         let width = self.insn.address_size;
@@ -42,10 +56,11 @@ impl<M: Machine> Run<'_, M> {
                 return Ok(Next::Sequential);
             }
             let done = self.pass(if trap { 1 } else { count })?;
-            let left = count.wrapping_sub(done);
+            let left = count.wrapping_sub(done.count);
             self.set_reg(Gpr::Rcx, width, left);
             self.log.clear();
-            if left == 0 || self.ends_early(repeat) {
+            if left == 0 || ends_early(repeat, done.found) {
+                self.commit_comparison(done.found);
                 return Ok(Next::Sequential);
             }
             if trap {
@@ -58,24 +73,29 @@ impl<M: Machine> Run<'_, M> {
         Ok(Next::Stay(Step::Again))
     }
 
-    /// CMPS and SCAS also stop on ZF.
-    fn ends_early(&self, repeat: Repeat) -> bool {
-        let compares = matches!(self.insn.op, Op::Cmps | Op::Scas);
-        let equal = self.machine.rflags() & ZF != 0;
-        compares && equal != (repeat == Repeat::Equal)
+    /// Only the last comparison shows in the flags: an interrupted or faulting
+    /// CMPS or SCAS has those it began with (SDM 2B "REP").
+    fn commit_comparison(&mut self, found: Option<u64>) {
+        if let Some(found) = found {
+            self.commit_flags(STATUS, found);
+        }
     }
 
-    /// One iteration, or up to `most` for INS and OUTS. Returns how many.
-    fn pass(&mut self, most: u64) -> Outcome<u64> {
+    /// One iteration, or up to `most` for INS and OUTS.
+    fn pass(&mut self, most: u64) -> Outcome<Pass> {
+        let mut pass = Pass {
+            count: 1,
+            found: None,
+        };
         match self.insn.op {
-            Op::Ins => return self.input(most),
-            Op::Outs => return self.output(most),
+            Op::Ins => pass.count = self.input(most)?,
+            Op::Outs => pass.count = self.output(most)?,
             Op::Movs => self.move_element()?,
             Op::Stos => self.store_element()?,
             Op::Lods => self.load_element()?,
-            _ => self.compare_element()?,
+            _ => pass.found = Some(self.compare_element()?),
         }
-        Ok(1)
+        Ok(pass)
     }
 
     /// The memory operand in place `n`.
@@ -133,19 +153,20 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// CMPS subtracts the element at rDI from the one at rSI, SCAS from rAX.
-    fn compare_element(&mut self) -> Outcome<()> {
+    /// Returns the status flags.
+    fn compare_element(&mut self) -> Outcome<u64> {
         let size = self.operand(1).size();
-        let first = self.place(0, Intent::Read)?;
+        // Processors look at rDI first; the order shows when both fault.
         let second = self.place(1, Intent::Read)?;
+        let first = self.place(0, Intent::Read)?;
         let a = self.get(&first)?;
         let b = self.get(&second)?;
         let (_, found) = flags::sub(a, b, false, size);
-        self.commit_flags(STATUS, found);
         if self.insn.op == Op::Cmps {
             self.advance(Gpr::Rsi, size);
         }
         self.advance(Gpr::Rdi, size);
-        Ok(())
+        Ok(found)
     }
 
     /// Finds how many elements of INS or OUTS one exit can carry.
