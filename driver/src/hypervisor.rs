@@ -1,27 +1,26 @@
-//! What the device layer asks of the core, as traits: the core itself implements them, and so does
-//! the scripted core of the host tests.
+//! What the device layer asks of the core, as traits: the core itself implements them, below, and so
+//! does the scripted core of the host tests.
 //!
 //! Errors are the core's. A call that fails has changed nothing.
 
-use abi::{CpuidEntry, FxLayout, MsrData, TunnelInfo, VcpuDebug, VcpuState};
-use vmx::Error;
+use abi::{CpuidEntry, FailReasons, FxLayout, MsrData, TunnelInfo, VcpuDebug, VcpuState};
+use vmx::arch::addr::Hva;
+use vmx::caps::Refusal;
 use vmx::fallible::Shared;
+use vmx::host::Host;
+use vmx::{Error, Hypervisor, Vcpu, Vm};
 
 /// What this machine can do, as CAPABILITY reports it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Capability {
-    /// Guests can run.
-    pub working: bool,
-    /// Not working because VT-x is missing, incomplete or locked off.
-    pub vt_disabled: bool,
-    /// Not working because execute-disable is missing or off.
-    pub nx_disabled: bool,
+    /// Why guests cannot run; `None` if they can.
+    pub refusal: Option<FailReasons>,
     /// Extended page tables.
     pub ept: bool,
     /// Unrestricted guest.
-    pub ug: bool,
+    pub unrestricted_guest: bool,
     /// Bytes of guest memory allowed, if limited.
-    pub mem_quota: Option<u64>,
+    pub memory_quota: Option<u64>,
 }
 
 /// The hypervisor.
@@ -34,9 +33,10 @@ pub trait Core: Send + Sync + 'static {
     /// What CAPABILITY reports.
     fn capability(&self) -> Capability;
     /// Sets or removes the memory quota, in bytes.
-    fn set_memory_limit(&self, limit: Option<u64>);
-    /// VMs that exist.
-    fn vm_count(&self) -> usize;
+    ///
+    /// # Errors
+    /// [`Error::Busy`]: VMs exist.
+    fn set_memory_limit(&self, limit: Option<u64>) -> Result<(), Error>;
     /// Makes a VM of the calling process, with the lowest free id.
     ///
     /// # Errors
@@ -106,21 +106,15 @@ pub trait CoreVcpu: Send + Sync + 'static {
     /// # Errors
     /// See [`Error`].
     fn set_regs(&self, regs: &VcpuState) -> Result<(), Error>;
-    /// Fills `regs`, which the caller has zeroed.
+    /// The registers.
     ///
     /// # Errors
     /// See [`Error`].
-    fn regs(&self, regs: &mut VcpuState) -> Result<(), Error>;
+    fn regs(&self) -> Result<VcpuState, Error>;
     /// Sets the FXSAVE image.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    fn set_fpu(&self, fpu: &FxLayout) -> Result<(), Error>;
-    /// Fills `fpu`, which the caller has zeroed.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    fn fpu(&self, fpu: &mut FxLayout) -> Result<(), Error>;
+    fn set_fpu(&self, fpu: &FxLayout);
+    /// The FXSAVE image.
+    fn fpu(&self) -> FxLayout;
     /// Writes `nr_msr` (at most [`abi::MAX_MSRS`]) MSRs up to the first
     /// refused one, and sets `done`.
     ///
@@ -133,10 +127,7 @@ pub trait CoreVcpu: Send + Sync + 'static {
     /// See [`Error`]; a refused MSR is none.
     fn msrs(&self, msrs: &mut MsrData) -> Result<(), Error>;
     /// Queues an interrupt vector.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    fn interrupt(&self, vector: u8) -> Result<(), Error>;
+    fn interrupt(&self, vector: u8);
     /// Sets debug control.
     ///
     /// # Errors
@@ -149,10 +140,135 @@ pub trait CoreVcpu: Send + Sync + 'static {
     fn set_cpuid(&self, entries: &[CpuidEntry]) -> Result<(), Error>;
     /// Fills `entries` from the CPUID table as far as they reach; returns the
     /// number of entries the table has.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    fn cpuid(&self, entries: &mut [CpuidEntry]) -> Result<usize, Error>;
+    fn cpuid(&self, entries: &mut [CpuidEntry]) -> usize;
     /// Makes the vCPU leave the guest.
     fn kick(&self);
+}
+
+impl<H: Host> Core for Hypervisor<H> {
+    type Vm = Vm<H>;
+    type Vcpu = Vcpu<H>;
+
+    fn capability(&self) -> Capability {
+        let capability = self.capability();
+        let reason = |refusal: Refusal| {
+            if refusal.is_nx() {
+                FailReasons::NX
+            } else {
+                FailReasons::VT
+            }
+        };
+        Capability {
+            refusal: capability.refusal.map(reason),
+            ept: capability.ept,
+            unrestricted_guest: capability.unrestricted_guest,
+            memory_quota: capability.memory_quota,
+        }
+    }
+
+    fn set_memory_limit(&self, limit: Option<u64>) -> Result<(), Error> {
+        self.set_memory_limit(limit)
+    }
+
+    fn create_vm(this: &Shared<Self>) -> Result<Shared<Vm<H>>, Error> {
+        (**this).create_vm()
+    }
+}
+
+impl<H: Host> CoreVm for Vm<H> {
+    type Vcpu = Vcpu<H>;
+
+    fn id(&self) -> u32 {
+        self.id()
+    }
+
+    fn check_owner(&self) -> Result<(), Error> {
+        self.check_owner()
+    }
+
+    fn create_vcpu(this: &Shared<Self>, id: u32) -> Result<Shared<Vcpu<H>>, Error> {
+        Self::create_vcpu(this, id)
+    }
+
+    fn add_ram_block(&self, va: u64, size: u64) -> Result<(), Error> {
+        self.add_ram_block(Hva(va), size)
+    }
+
+    fn set_ram(&self, gpa: u64, size: u64, va: u64, flags: u32) -> Result<(), Error> {
+        self.set_ram(gpa, size, va, flags)
+    }
+
+    fn protect_ram(&self, gpa: u64, size: u64, flags: u32) -> Result<(), Error> {
+        self.protect_ram(gpa, size, flags)
+    }
+
+    fn notify_version(&self, current: u32, least: u32) {
+        self.notify_version(current, least);
+    }
+}
+
+impl<H: Host> CoreVcpu for Vcpu<H> {
+    fn id(&self) -> u32 {
+        self.id()
+    }
+
+    fn check_owner(&self) -> Result<(), Error> {
+        if self.guest().memory().is_owner() {
+            Ok(())
+        } else {
+            Err(Error::Denied)
+        }
+    }
+
+    fn tunnel_info(&self) -> TunnelInfo {
+        self.tunnel_info()
+    }
+
+    fn run(&self) -> Result<(), Error> {
+        self.run()
+    }
+
+    fn set_regs(&self, regs: &VcpuState) -> Result<(), Error> {
+        self.set_regs(regs)
+    }
+
+    fn regs(&self) -> Result<VcpuState, Error> {
+        self.regs()
+    }
+
+    fn set_fpu(&self, fpu: &FxLayout) {
+        self.set_fpu(fpu);
+    }
+
+    fn fpu(&self) -> FxLayout {
+        self.fpu()
+    }
+
+    fn set_msrs(&self, msrs: &mut MsrData) -> Result<(), Error> {
+        self.set_msrs(msrs)
+    }
+
+    fn msrs(&self, msrs: &mut MsrData) -> Result<(), Error> {
+        self.msrs(msrs)
+    }
+
+    fn interrupt(&self, vector: u8) {
+        self.interrupt(vector);
+    }
+
+    fn set_debug(&self, debug: &VcpuDebug) -> Result<(), Error> {
+        self.set_debug(debug)
+    }
+
+    fn set_cpuid(&self, entries: &[CpuidEntry]) -> Result<(), Error> {
+        self.set_cpuid(entries)
+    }
+
+    fn cpuid(&self, entries: &mut [CpuidEntry]) -> usize {
+        self.cpuid(entries)
+    }
+
+    fn kick(&self) {
+        self.kick();
+    }
 }

@@ -2,8 +2,8 @@
 
 use abi::zerocopy::IntoBytes;
 use abi::{
-    COMPAT_VERSION, CURRENT_VERSION, Capabilities, CapabilityInfo, FailReasons, ModuleVersion, Os,
-    Request, SetMemlimit, WorkStatus, module::MEM_LIMIT_UNIT,
+    COMPAT_VERSION, CURRENT_VERSION, Capabilities, CapabilityInfo, ModuleVersion, Os, Request,
+    SetMemlimit, WorkStatus, module::MEM_LIMIT_UNIT,
 };
 use vmx::Error;
 
@@ -53,39 +53,34 @@ fn create_vm<S: Shim, A: Argument>(devices: &Devices<S>, argument: &mut A) -> Re
 }
 
 fn set_memlimit<C: Core>(core: &C, limit: &SetMemlimit) -> Result<(), Failure> {
-    if core.vm_count() != 0 {
-        return Err(Error::Invalid.into());
-    }
     let bytes = if limit.enable_memlimit == 0 {
         None
     } else {
         let bytes = limit.memory_limit.checked_mul(MEM_LIMIT_UNIT);
         Some(bytes.ok_or(Failure::Field)?)
     };
-    core.set_memory_limit(bytes);
-    Ok(())
+    // HAXM calls it a bad argument that VMs exist.
+    core.set_memory_limit(bytes)
+        .map_err(|_| Error::Invalid.into())
 }
 
 /// The capability word, from what the machine can do and what this driver has.
 fn capability_info(capability: &Capability) -> CapabilityInfo {
     let mut status = WorkStatus::empty();
-    status.set(WorkStatus::WORKING, capability.working);
-    status.set(WorkStatus::MEMQUOTA, capability.mem_quota.is_some());
-    let info = if capability.working {
+    status.set(WorkStatus::WORKING, capability.refusal.is_none());
+    status.set(WorkStatus::MEMQUOTA, capability.memory_quota.is_some());
+    let info = if let Some(reasons) = capability.refusal {
+        reasons.bits()
+    } else {
         let mut able = Capabilities::all();
         able.set(Capabilities::EPT, capability.ept);
-        able.set(Capabilities::UG, capability.ug);
+        able.set(Capabilities::UG, capability.unrestricted_guest);
         able.bits()
-    } else {
-        let mut why = FailReasons::empty();
-        why.set(FailReasons::VT, capability.vt_disabled);
-        why.set(FailReasons::NX, capability.nx_disabled);
-        why.bits()
     };
     CapabilityInfo {
         wstatus: status.bits(),
         winfo: info,
         win_refcount: 0,
-        mem_quota: capability.mem_quota.unwrap_or(0),
+        mem_quota: capability.memory_quota.unwrap_or(0),
     }
 }

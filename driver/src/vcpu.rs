@@ -3,7 +3,7 @@
 //! Functions with an argument of hundreds of bytes are kept out of line, so
 //! that their frames do not add up to more stack than a kernel has to spare.
 
-use abi::zerocopy::{FromZeros, IntoBytes};
+use abi::zerocopy::IntoBytes;
 use abi::{FxLayout, MAX_MSRS, MsrData, Os, Request, VcpuState};
 
 use crate::argument::{Argument, UserArgument};
@@ -31,7 +31,8 @@ pub(crate) fn request<S: Shim, V: CoreVcpu, A: Argument>(
         Request::Interrupt => {
             let vector: u32 = argument.get()?;
             let [vector, ..] = vector.to_le_bytes();
-            Ok(vcpu.interrupt(vector)?)
+            vcpu.interrupt(vector);
+            Ok(())
         }
         Request::SetRegs => set_regs(vcpu, argument),
         Request::GetRegs => regs(vcpu, argument),
@@ -92,15 +93,14 @@ fn msrs<A: Argument>(
 #[inline(never)]
 fn set_fpu<V: CoreVcpu, A: Argument>(vcpu: &V, argument: &A) -> Result<(), Failure> {
     let image: FxLayout = argument.get()?;
-    Ok(vcpu.set_fpu(&image)?)
+    vcpu.set_fpu(&image);
+    Ok(())
 }
 
 #[inline(never)]
 fn fpu<V: CoreVcpu, A: Argument>(vcpu: &V, argument: &mut A) -> Result<(), Failure> {
     argument.check_room(size_of::<FxLayout>())?;
-    let mut image = FxLayout::new_zeroed();
-    vcpu.fpu(&mut image)?;
-    argument.write(0, image.as_bytes())
+    argument.write(0, vcpu.fpu().as_bytes())
 }
 
 #[inline(never)]
@@ -112,7 +112,5 @@ fn set_regs<V: CoreVcpu, A: Argument>(vcpu: &V, argument: &A) -> Result<(), Fail
 #[inline(never)]
 fn regs<V: CoreVcpu, A: Argument>(vcpu: &V, argument: &mut A) -> Result<(), Failure> {
     argument.check_room(size_of::<VcpuState>())?;
-    let mut regs = VcpuState::new_zeroed();
-    vcpu.regs(&mut regs)?;
-    argument.write(0, regs.as_bytes())
+    argument.write(0, vcpu.regs()?.as_bytes())
 }

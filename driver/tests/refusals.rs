@@ -56,14 +56,10 @@ fn call_name(request: Request) -> Option<&'static str> {
         Request::Run => "run",
         Request::SetMsrs => "set_msrs",
         Request::GetMsrs => "msrs",
-        Request::SetFpu => "set_fpu",
-        Request::GetFpu => "fpu",
-        Request::Interrupt => "interrupt",
         Request::SetRegs => "set_regs",
         Request::GetRegs => "regs",
         Request::VcpuDebug => "set_debug",
         Request::SetCpuid => "set_cpuid",
-        Request::GetCpuid => "cpuid",
         _ => return None,
     })
 }

@@ -5,9 +5,9 @@ mod mock;
 
 use abi::zerocopy::{FromBytes, IntoBytes};
 use abi::{
-    CapabilityInfo, CpuidEntry, CpuidHeader, Device, FxLayout, MsrData, Os, ProtectRamInfo,
-    QemuVersion, RamblockInfo, Request, SetMemlimit, SetRamInfo, SetRamInfo2, TunnelInfo,
-    VcpuDebug, VcpuState, VmxMsr,
+    CapabilityInfo, CpuidEntry, CpuidHeader, Device, FailReasons, FxLayout, MsrData, Os,
+    ProtectRamInfo, QemuVersion, RamblockInfo, Request, SetMemlimit, SetRamInfo, SetRamInfo2,
+    TunnelInfo, VcpuDebug, VcpuState, VmxMsr,
 };
 use haxm_driver::{Capability, Node};
 use mock::client::Client;
@@ -202,49 +202,38 @@ fn version_is_one_to_four() {
 
 #[test]
 fn capability_says_what_works_or_why_not() {
-    let nothing = Capability::default();
+    let able = Capability {
+        refusal: None,
+        ept: true,
+        unrestricted_guest: true,
+        memory_quota: Some(1 << 48),
+    };
     let cases = [
+        (able, (3, 0x3ff, 1 << 48)),
         (
             Capability {
-                working: true,
-                ept: true,
-                ug: true,
-                mem_quota: Some(1 << 48),
-                ..nothing
-            },
-            (3, 0x3ff, 1 << 48),
-        ),
-        (
-            Capability {
-                working: true,
-                ept: true,
-                ..nothing
+                unrestricted_guest: false,
+                memory_quota: None,
+                ..able
             },
             (1, 0x3fb, 0),
         ),
+        (Capability { ept: false, ..able }, (3, 0x3fe, 1 << 48)),
         (
             Capability {
-                vt_disabled: true,
-                ept: true,
-                mem_quota: Some(7),
-                ..nothing
+                refusal: Some(FailReasons::VT),
+                memory_quota: Some(7),
+                ..able
             },
             (2, 1, 7),
         ),
         (
             Capability {
-                nx_disabled: true,
-                ..nothing
+                refusal: Some(FailReasons::NX),
+                memory_quota: None,
+                ..able
             },
             (0, 2, 0),
-        ),
-        (
-            Capability {
-                nx_disabled: true,
-                vt_disabled: true,
-                ..nothing
-            },
-            (0, 3, 0),
         ),
     ];
     for os in Os::ALL {

@@ -101,11 +101,10 @@ impl World {
             memory: vec![0; USER_SIZE],
             refused_msr: u64::MAX,
             capability: Capability {
-                working: true,
+                refusal: None,
                 ept: true,
-                ug: true,
-                mem_quota: Some(1 << 48),
-                ..Capability::default()
+                unrestricted_guest: true,
+                memory_quota: Some(1 << 48),
             },
             ..State::default()
         })))
@@ -236,12 +235,13 @@ impl Core for MockCore {
         self.world.state().capability
     }
 
-    fn set_memory_limit(&self, limit: Option<u64>) {
-        self.world.state().memory_limit = Some(limit);
-    }
-
-    fn vm_count(&self) -> usize {
-        self.world.state().vms.len()
+    fn set_memory_limit(&self, limit: Option<u64>) -> Result<(), Error> {
+        let mut state = self.world.state();
+        if !state.vms.is_empty() {
+            return Err(Error::Busy);
+        }
+        state.memory_limit = Some(limit);
+        Ok(())
     }
 
     fn create_vm(this: &Shared<Self>) -> Result<Shared<MockVm>, Error> {
@@ -365,6 +365,11 @@ impl MockVcpu {
     fn call(&self, name: &'static str, text: &str) -> Result<(), Error> {
         self.vm.world.call(name, text)
     }
+
+    /// A call that cannot be refused.
+    fn note(&self, name: &str, text: &str) {
+        self.vm.world.state().calls.push(format!("{name}{text}"));
+    }
 }
 
 /// The MSR the mock answers with: its index, mirrored.
@@ -398,22 +403,24 @@ impl CoreVcpu for MockVcpu {
         self.call("set_regs", &format!(" {:#x} {:#x}", regs.rax, regs.cr4))
     }
 
-    fn regs(&self, regs: &mut VcpuState) -> Result<(), Error> {
-        assert_eq!(*regs, VcpuState::default(), "not zeroed");
+    fn regs(&self) -> Result<VcpuState, Error> {
         self.call("regs", "")?;
-        regs.rip = 0xfff0;
-        Ok(())
+        Ok(VcpuState {
+            rip: 0xfff0,
+            ..VcpuState::default()
+        })
     }
 
-    fn set_fpu(&self, fpu: &FxLayout) -> Result<(), Error> {
-        self.call("set_fpu", &format!(" {:#x} {:#x}", fpu.fcw, fpu.pad[95]))
+    fn set_fpu(&self, fpu: &FxLayout) {
+        self.note("set_fpu", &format!(" {:#x} {:#x}", fpu.fcw, fpu.pad[95]));
     }
 
-    fn fpu(&self, fpu: &mut FxLayout) -> Result<(), Error> {
-        assert_eq!(*fpu, FxLayout::default(), "not zeroed");
-        self.call("fpu", "")?;
-        fpu.mxcsr = 0x1f80;
-        Ok(())
+    fn fpu(&self) -> FxLayout {
+        self.note("fpu", "");
+        FxLayout {
+            mxcsr: 0x1f80,
+            ..FxLayout::default()
+        }
     }
 
     fn set_msrs(&self, msrs: &mut MsrData) -> Result<(), Error> {
@@ -439,8 +446,8 @@ impl CoreVcpu for MockVcpu {
         Ok(())
     }
 
-    fn interrupt(&self, vector: u8) -> Result<(), Error> {
-        self.call("interrupt", &format!(" {vector}"))
+    fn interrupt(&self, vector: u8) {
+        self.note("interrupt", &format!(" {vector}"));
     }
 
     fn set_debug(&self, debug: &VcpuDebug) -> Result<(), Error> {
@@ -455,16 +462,16 @@ impl CoreVcpu for MockVcpu {
         self.call("set_cpuid", &format!(" {} {last:#x}", entries.len()))
     }
 
-    fn cpuid(&self, entries: &mut [CpuidEntry]) -> Result<usize, Error> {
-        self.call("cpuid", "")?;
+    fn cpuid(&self, entries: &mut [CpuidEntry]) -> usize {
+        self.note("cpuid", "");
         for (function, entry) in (0..).zip(entries.iter_mut().take(CPUID_ENTRIES)) {
             entry.function = function;
             entry.eax = !function;
         }
-        Ok(CPUID_ENTRIES)
+        CPUID_ENTRIES
     }
 
     fn kick(&self) {
-        let _ = self.call("kick", "");
+        self.note("kick", "");
     }
 }
