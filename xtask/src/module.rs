@@ -224,12 +224,12 @@ fn build_for(headers: &Headers, object: &Path) -> Result<PathBuf> {
         replace(&dir.join(file), &fs::read(sources.join(file))?)?;
     }
     replace(&dir.join("core.pre.o"), &without_notes(object)?)?;
+    replace(&dir.join("VERSION"), env!("CARGO_PKG_VERSION").as_bytes())?;
     let log = dir.join("build.log");
     let mut make = Command::new("make");
     make.arg("-C")
         .arg(&dir)
         .arg(format!("KDIR={}", headers.dir.display()))
-        .arg(format!("VERSION={}", env!("CARGO_PKG_VERSION")))
         .env_remove("MAKEFLAGS");
     if let Some(compiler) = &headers.compiler {
         make.arg(format!("CC={compiler}"));

@@ -175,6 +175,9 @@ fn undefined(file: &object::File<'_>, report: &mut Report) {
 /// A function as objdump prints it.
 struct Function {
     symbol: String,
+    /// Its section and its place there, as a relocation may name it.
+    section: String,
+    start: u64,
     /// Mnemonic and operands, without the names in angle brackets.
     instructions: Vec<String>,
     /// Symbols it refers to.
@@ -184,13 +187,20 @@ struct Function {
 /// Takes objdump's text apart.
 fn disassembled(text: &str) -> Vec<Function> {
     let mut all: Vec<Function> = Vec::new();
+    let mut section = "";
     for line in text.lines() {
-        if let Some((_, rest)) = line.split_once(" <")
+        if let Some(name) = line.strip_prefix("Disassembly of section ") {
+            section = name.trim_end_matches(':');
+            continue;
+        }
+        if let Some((start, rest)) = line.split_once(" <")
             && let Some(symbol) = rest.strip_suffix(">:")
             && !line.starts_with([' ', '\t'])
         {
             all.push(Function {
                 symbol: symbol.to_owned(),
+                section: section.to_owned(),
+                start: u64::from_str_radix(start, 16).unwrap_or_default(),
                 instructions: Vec::new(),
                 refers: BTreeSet::new(),
             });
@@ -201,9 +211,8 @@ fn disassembled(text: &str) -> Vec<Function> {
         };
         // "   2a: R_X86_64_PLT32	name-0x4" is a relocation, "   2a:	call ..." an instruction.
         if let Some((_, relocation)) = line.split_once(": R_X86_64_") {
-            if let Some((_, target)) = relocation.split_once('\t') {
-                let name = target.split(['+', '-']).next().unwrap_or(target);
-                function.refers.insert(name.to_owned());
+            if let Some((kind, target)) = relocation.split_once('\t') {
+                function.refers.insert(target_of(kind, target));
             }
         } else if let Some((_, instruction)) = line.split_once(":\t") {
             let (code, reference) = match instruction.split_once('<') {
@@ -217,7 +226,34 @@ fn disassembled(text: &str) -> Vec<Function> {
             }
         }
     }
+    let starts: BTreeMap<String, String> = all
+        .iter()
+        .map(|f| (format!("{}+{:#x}", f.section, f.start), f.symbol.clone()))
+        .collect();
+    for function in &mut all {
+        let named = function.refers.iter().filter_map(|r| starts.get(r));
+        let named: Vec<String> = named.cloned().collect();
+        function.refers.extend(named);
+    }
     all
+}
+
+/// What a relocation as objdump prints it refers to: a symbol, or `section+0xplace`.
+fn target_of(kind: &str, target: &str) -> String {
+    let (name, addend) = match target.split_once('+') {
+        Some((name, addend)) => (name, Some(addend)),
+        None => (target.split('-').next().unwrap_or(target), None),
+    };
+    let place = addend.and_then(|a| u64::from_str_radix(a.trim_start_matches("0x"), 16).ok());
+    match place {
+        // What is added to an address relative to the next instruction, 4 bytes on.
+        Some(place) if name.starts_with('.') && kind.starts_with('P') => {
+            format!("{name}+{:#x}", place + 4)
+        }
+        Some(place) if name.starts_with('.') => format!("{name}+{place:#x}"),
+        _ if name.starts_with('.') => format!("{name}+0x0"),
+        _ => name.to_owned(),
+    }
 }
 
 /// Any symbol whose name tells of a panic, with the functions that refer to it.

@@ -65,7 +65,8 @@ impl<M: Machine> Run<'_, M> {
         };
         let place = match (self.operand(0), self.operand(1)) {
             (Operand::Mem(mem), Operand::Reg { .. }) => {
-                let element = (extend(number, size) as i64).wrapping_shr(bits(size).ilog2());
+                let element =
+                    (extend(number, size) as i64).wrapping_shr(bits(size).trailing_zeros());
                 let ahead = (element as u64).wrapping_mul(u64::from(size));
                 Place::Memory(self.memory(&mem, ahead, intent)?)
             }
