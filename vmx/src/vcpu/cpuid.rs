@@ -170,7 +170,7 @@ impl CpuidTable {
 
     /// The table for a host that answers CPUID with `host`, lends XCR0 bits
     /// `host_xcr0`, and has these VMX capabilities.
-    fn build(
+    pub(super) fn build(
         host: impl Fn(u32, u32) -> CpuidResult,
         host_xcr0: Xcr0,
         secondary: Secondary,
@@ -220,6 +220,7 @@ impl CpuidTable {
         if host(7, 0).eax == 0 {
             this.set_row(place::LEAF_7_SUB_1, CpuidResult::default());
         }
+        this.set_row(place::EXTENDED_8, eax_only(this.physical_bits));
         this.limit(secondary);
         this.settle();
         this
@@ -242,7 +243,7 @@ impl CpuidTable {
                 eax: host.eax.min(1),
                 ..host
             },
-            (7 | 0xd, 1) | (0x8000_0008, _) => eax_only(host.eax),
+            (7 | 0xd, 1) => eax_only(host.eax),
             (0x4000_0000, _) => CpuidResult {
                 eax: 0x4000_0000,
                 ebx: HAXM,
@@ -260,10 +261,11 @@ impl CpuidTable {
                 ecx: L2_CACHE,
                 ..CpuidResult::default()
             },
-            // 0xA: no performance counter is virtualised. 0xD is worked out in
-            // `settle`. 0x15 and 0x16: Linux takes the crystal's frequency for
-            // the APIC timer's, which is the client's business, so the host's
-            // would be wrong; SET_CPUID may give true ones.
+            // 0xA: no performance counter is virtualised. 0xD and 0x80000008:
+            // `settle` and `build` make them. 0x15 and 0x16: Linux takes the
+            // crystal's frequency for the APIC timer's, which is the client's
+            // business, so the host's would be wrong; SET_CPUID may give true
+            // ones.
             _ => CpuidResult::default(),
         }
     }
@@ -278,7 +280,7 @@ impl CpuidTable {
         }
     }
 
-    /// The row of a leaf whose subleaf 0 is in the table.
+    /// The row with this key, or zeros.
     fn row_of(&self, leaf: u32, subleaf: u32) -> CpuidResult {
         let place = KEYS.iter().position(|key| *key == (leaf, subleaf));
         place.map_or(CpuidResult::default(), |place| self.row(place))

@@ -8,6 +8,9 @@
 //! Numbers and fields: SDM vol. 4, chapter 2, table 2-2 "IA-32 Architectural
 //! MSRs", unless a line says otherwise.
 
+#[cfg(test)]
+mod tests;
+
 use super::cpuid::{Feature, Features};
 use crate::arch::msr;
 use crate::arch::reg::{Cr0, Efer};

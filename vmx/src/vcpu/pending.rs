@@ -24,7 +24,7 @@ const fn bit(vector: u8) -> u64 {
 
 /// The highest bit of `word`, which is word `index` of the map, as a vector.
 fn highest_bit(index: usize, word: u64) -> Option<u8> {
-    let bit = word.checked_ilog2()?;
+    let bit = 63u32.checked_sub(word.leading_zeros())?;
     u8::try_from(index.wrapping_mul(64).wrapping_add(bit as usize)).ok()
 }
 

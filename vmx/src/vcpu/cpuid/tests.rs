@@ -29,7 +29,6 @@ fn everything(leaf: u32, subleaf: u32) -> CpuidResult {
         (4, 2) => result(0xfc00_4143, 0x03c0_003f, 0x7ff, 0),
         (4, 3) => result(0xfc1f_c163, 0x0380_003f, 0x1_bfff, 4),
         (7, 0) => result(2, ALL, ALL, ALL),
-        (7, 1) => result(ALL, ALL, ALL, ALL),
         (0xa, _) => result(0x0730_0805, 0, 0, 0x8603),
         (0xd, 0) => result(0x6_02e7, 0xa88, 0x2b00, 0),
         (0xd, 1) => result(ALL, 0x2440, 0x1900, 0),
@@ -41,7 +40,7 @@ fn everything(leaf: u32, subleaf: u32) -> CpuidResult {
         (0x16, _) => result(2000, 3000, 100, 0),
         (0x8000_0000, _) => result(0x8000_0008, 0, 0, 0),
         (0x8000_0001, _) => result(0, 0, ALL, ALL),
-        (0x8000_0007, _) => result(ALL, ALL, ALL, ALL),
+        (7, 1) | (0x8000_0007, _) => result(ALL, ALL, ALL, ALL),
         (0x8000_0008, _) => result(0x3934, ALL, ALL, ALL),
         _ => result(0, 0, 0, 0),
     }
