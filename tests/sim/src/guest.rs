@@ -1,0 +1,645 @@
+//! The guest as a step sees it: its registers, its memory through EPT, and its
+//! instructions with the exit conditions of SDM chapter 26 "VMX Non-Root
+//! Operation" and the exit information of 28.2 "Recording VM-Exit Information
+//! and Updating VM-Entry Control Fields".
+
+use vmx::arch::msr;
+use vmx::cpu::GuestRegs;
+
+use crate::ept::{Access, EptFault};
+use crate::machine::Inner;
+use crate::vmcs::Vmcs;
+
+/// Why a step did not finish.
+#[derive(Clone, Debug)]
+pub enum Stop {
+    /// A VM exit.
+    Exit(ExitInfo),
+    /// An exception in the guest, which may become an exit.
+    Fault {
+        /// The vector.
+        vector: u8,
+        /// Its error code.
+        error_code: Option<u32>,
+        /// The address of a page fault.
+        cr2: u64,
+    },
+}
+
+/// What an exit leaves in the VMCS. `None`: undefined, so filled with garbage.
+#[derive(Clone, Debug, Default)]
+pub struct ExitInfo {
+    pub(crate) reason: u16,
+    pub(crate) qualification: u64,
+    pub(crate) length: Option<u64>,
+    pub(crate) interruption: u64,
+    pub(crate) error_code: u64,
+    pub(crate) linear: Option<u64>,
+    pub(crate) physical: Option<u64>,
+    pub(crate) instruction: Option<u64>,
+}
+
+/// An INS or OUTS.
+#[derive(Clone, Copy, Debug)]
+pub struct StringIo {
+    /// The port.
+    pub port: u16,
+    /// 1, 2 or 4.
+    pub size: u8,
+    /// INS.
+    pub input: bool,
+    /// With REP.
+    pub rep: bool,
+    /// The linear address of the first element.
+    pub linear: u64,
+    /// log2 of the address size in bytes: 1, 2 or 3.
+    pub address_size: u32,
+    /// The segment: 0 ES, 1 CS, 2 SS, 3 DS, 4 FS, 5 GS.
+    pub segment: u32,
+}
+
+/// A running guest.
+pub struct Guest<'a> {
+    pub(crate) inner: &'a Inner,
+    pub(crate) cpu: usize,
+    pub(crate) vmcs: u64,
+    /// Length of the instruction that runs.
+    pub(crate) length: u64,
+    /// The general registers. RSP (index 4) is in the VMCS.
+    pub regs: &'a mut GuestRegs,
+}
+
+/// MSRs that a guest may reach without an exit.
+fn may_pass(number: u32) -> bool {
+    matches!(
+        number,
+        msr::IA32_TSC
+            | msr::IA32_SPEC_CTRL
+            | msr::IA32_PRED_CMD
+            | msr::IA32_SYSENTER_CS
+            | msr::IA32_SYSENTER_ESP
+            | msr::IA32_SYSENTER_EIP
+            | msr::IA32_PAT
+            | msr::IA32_EFER
+            | msr::IA32_STAR
+            | msr::IA32_LSTAR
+            | msr::IA32_CSTAR
+            | msr::IA32_FMASK
+            | msr::IA32_FS_BASE
+            | msr::IA32_GS_BASE
+            | msr::IA32_KERNEL_GSBASE
+            | msr::IA32_TSC_AUX
+    )
+}
+
+/// The VMCS field that holds a guest MSR.
+pub(crate) fn msr_field(number: u32) -> Option<u32> {
+    match number {
+        msr::IA32_SYSENTER_CS => Some(0x482a),
+        msr::IA32_SYSENTER_ESP => Some(0x6824),
+        msr::IA32_SYSENTER_EIP => Some(0x6826),
+        msr::IA32_FS_BASE => Some(0x680e),
+        msr::IA32_GS_BASE => Some(0x6810),
+        msr::IA32_DEBUGCTL => Some(0x2802),
+        _ => None,
+    }
+}
+
+const GP: Stop = Stop::Fault {
+    vector: 13,
+    error_code: Some(0),
+    cr2: 0,
+};
+const UD: Stop = Stop::Fault {
+    vector: 6,
+    error_code: None,
+    cr2: 0,
+};
+
+impl Guest<'_> {
+    fn with<T>(&self, f: impl FnOnce(&mut Vmcs) -> T) -> T {
+        let mut state = self.inner.state();
+        f(state.vmcss.entry(self.vmcs).or_default())
+    }
+
+    /// A VMCS field.
+    #[must_use]
+    pub fn field(&self, encoding: u32) -> u64 {
+        self.with(|vmcs| vmcs.get(encoding))
+    }
+
+    /// Changes a VMCS field, as the running guest changes its state.
+    pub fn set_field(&self, encoding: u32, value: u64) {
+        self.with(|vmcs| vmcs.set(encoding, value));
+    }
+
+    /// RIP.
+    #[must_use]
+    pub fn rip(&self) -> u64 {
+        self.field(0x681e)
+    }
+
+    /// The processor that runs the guest.
+    #[must_use]
+    pub fn cpu(&self) -> usize {
+        self.cpu
+    }
+
+    /// The VMCS that runs.
+    #[must_use]
+    pub fn vmcs(&self) -> u64 {
+        self.vmcs
+    }
+
+    /// A general register, RSP too.
+    #[must_use]
+    pub fn register(&self, index: usize) -> u64 {
+        if index == 4 {
+            self.field(0x681c)
+        } else {
+            self.regs.gpr[index]
+        }
+    }
+
+    /// Writes a general register, RSP too.
+    pub fn set_register(&mut self, index: usize, value: u64) {
+        if index == 4 {
+            self.set_field(0x681c, value);
+        } else {
+            self.regs.gpr[index] = value;
+        }
+    }
+
+    fn primary(&self, bit: u32) -> bool {
+        self.field(0x4002) >> bit & 1 != 0
+    }
+
+    /// A secondary control; 0 if they are not activated.
+    #[must_use]
+    pub fn secondary(&self, bit: u32) -> bool {
+        self.primary(31) && self.field(0x401e) >> bit & 1 != 0
+    }
+
+    fn finding(&self, text: String) {
+        self.inner.finding(text);
+    }
+
+    /// The exit that the instruction causes.
+    #[must_use]
+    pub fn exit_now(&self, reason: u16, qualification: u64) -> Stop {
+        Stop::Exit(ExitInfo {
+            reason,
+            qualification,
+            length: Some(self.length),
+            ..ExitInfo::default()
+        })
+    }
+
+    /// CPUID: always exits.
+    pub(crate) fn cpuid(&mut self, leaf: u32, subleaf: u32) -> Result<(), Stop> {
+        self.regs.gpr[0] = u64::from(leaf);
+        self.regs.gpr[1] = u64::from(subleaf);
+        Err(self.exit_now(10, 0))
+    }
+
+    /// Whether the MSR bitmap, or its absence, makes the access exit; SDM 26.1.3
+    /// "Instructions That Cause VM Exits Conditionally".
+    fn msr_exits(&self, number: u32, write: bool) -> bool {
+        if !self.primary(28) {
+            return true;
+        }
+        let quarter = match number {
+            0..=0x1fff => 0,
+            0xc000_0000..=0xc000_1fff => 1,
+            _ => return true,
+        };
+        let byte = quarter * 1024 + if write { 2048 } else { 0 } + u64::from(number & 0x1fff) / 8;
+        self.bitmap_bit(0x2004, byte, number & 7)
+    }
+
+    fn bitmap_bit(&self, field: u32, byte: u64, bit: u32) -> bool {
+        let at = self.field(field) + byte;
+        let mut value = [0xff];
+        if !self.inner.state().memory.read(at, &mut value) {
+            self.finding(format!("a bitmap at {at:#x} is not memory"));
+        }
+        value[0] >> bit & 1 != 0
+    }
+
+    /// RDMSR.
+    pub(crate) fn rdmsr(&mut self, number: u32) -> Result<(), Stop> {
+        self.regs.gpr[1] = u64::from(number);
+        if self.msr_exits(number, false) {
+            return Err(self.exit_now(31, 0));
+        }
+        if !may_pass(number) {
+            self.finding(format!("the guest reads the host's MSR {number:#x}"));
+        }
+        let offset = if self.primary(3) {
+            self.field(0x2010)
+        } else {
+            0
+        };
+        let value = match msr_field(number) {
+            Some(field) => Some(self.field(field)),
+            None => {
+                let state = self.inner.state();
+                state.cpus[self.cpu].read_msr(state.tsc.wrapping_add(offset), number)
+            }
+        };
+        let value = value.ok_or(GP)?;
+        self.regs.gpr[0] = value & 0xffff_ffff;
+        self.regs.gpr[2] = value >> 32;
+        Ok(())
+    }
+
+    /// WRMSR.
+    pub(crate) fn wrmsr(&mut self, number: u32, value: u64) -> Result<(), Stop> {
+        self.regs.gpr[1] = u64::from(number);
+        self.regs.gpr[0] = value & 0xffff_ffff;
+        self.regs.gpr[2] = value >> 32;
+        if self.msr_exits(number, true) {
+            return Err(self.exit_now(32, 0));
+        }
+        if !may_pass(number) || number == msr::IA32_TSC {
+            self.finding(format!("the guest writes the host's MSR {number:#x}"));
+        }
+        if let Some(field) = msr_field(number) {
+            self.set_field(field, value);
+            return Ok(());
+        }
+        let profile = &self.inner.profile;
+        let mut state = self.inner.state();
+        let fine = state.cpus[self.cpu].write_msr(profile, number, value);
+        if fine { Ok(()) } else { Err(GP) }
+    }
+
+    /// Whether an I/O instruction exits, SDM 26.1.3.
+    fn port_exits(&self, port: u16, size: u8) -> bool {
+        if !self.primary(25) {
+            return self.primary(24);
+        }
+        let last = u32::from(port) + u32::from(size) - 1;
+        // An access that wraps around the port space always exits.
+        last > 0xffff
+            || (u32::from(port)..=last).any(|p| {
+                let field = if p < 0x8000 { 0x2000 } else { 0x2002 };
+                self.bitmap_bit(field, u64::from(p & 0x7fff) / 8, p & 7)
+            })
+    }
+
+    /// IN or OUT with the port in DX.
+    pub(crate) fn port(&mut self, port: u16, size: u8, input: bool) -> Result<(), Stop> {
+        self.regs.gpr[2] = self.regs.gpr[2] & !0xffff | u64::from(port);
+        if self.port_exits(port, size) {
+            let q = (u64::from(size) - 1) | u64::from(input) << 3 | u64::from(port) << 16;
+            return Err(self.exit_now(30, q));
+        }
+        self.finding(format!("the guest reaches the host's port {port:#x}"));
+        Ok(())
+    }
+
+    /// INS or OUTS.
+    pub(crate) fn string_io(&mut self, io: StringIo) -> Result<(), Stop> {
+        self.regs.gpr[2] = self.regs.gpr[2] & !0xffff | u64::from(io.port);
+        let mask = match io.address_size {
+            1 => 0xffff,
+            2 => 0xffff_ffff,
+            _ => u64::MAX,
+        };
+        if io.rep && self.regs.gpr[1] & mask == 0 {
+            return Ok(());
+        }
+        if !self.port_exits(io.port, io.size) {
+            self.finding(format!("the guest reaches the host's port {:#x}", io.port));
+            return Ok(());
+        }
+        let qualification = (u64::from(io.size) - 1)
+            | u64::from(io.input) << 3
+            | 1 << 4
+            | u64::from(io.rep) << 5
+            | u64::from(io.port) << 16;
+        // SDM 28.2.5, table 28-9: bits 9:7 address size, 17:15 segment (OUTS).
+        let segment = if io.input { 0 } else { io.segment };
+        let information = u64::from(io.address_size - 1) << 7 | u64::from(segment) << 15;
+        Err(Stop::Exit(ExitInfo {
+            reason: 30,
+            qualification,
+            length: Some(self.length),
+            linear: Some(io.linear),
+            instruction: (self.inner.profile.msr(0x480) >> 54 & 1 != 0).then_some(information),
+            ..ExitInfo::default()
+        }))
+    }
+
+    /// HLT: exits, or waits for an interrupt.
+    pub(crate) fn hlt(&mut self) -> Result<(), Stop> {
+        if self.primary(7) {
+            return Err(self.exit_now(12, 0));
+        }
+        self.set_field(0x4826, 1);
+        Ok(())
+    }
+
+    /// MOV to a control register, SDM 26.1.3 and 26.3 "Changes to Instruction
+    /// Behavior in VMX Non-Root Operation".
+    pub(crate) fn mov_to_cr(&mut self, cr: u8, gpr: usize) -> Result<(), Stop> {
+        let value = self.register(gpr);
+        let exit = self.exit_now(28, u64::from(cr) | (gpr as u64) << 8);
+        match cr {
+            0 | 4 => {
+                let (mask, shadow, field) = if cr == 0 {
+                    (self.field(0x6000), self.field(0x6004), 0x6800)
+                } else {
+                    (self.field(0x6002), self.field(0x6006), 0x6804)
+                };
+                if mask & (value ^ shadow) != 0 {
+                    return Err(exit);
+                }
+                let merged = self.field(field) & mask | value & !mask;
+                self.check_free_bits(cr, merged)?;
+                self.set_field(field, merged);
+                Ok(())
+            }
+            3 => {
+                let targets = u32::try_from(self.field(0x400a)).unwrap_or(0).min(4);
+                let listed = (0..targets).any(|n| self.field(0x6008 + n * 2) == value);
+                if self.primary(15) && !listed {
+                    return Err(exit);
+                }
+                self.set_field(0x6802, value);
+                Ok(())
+            }
+            8 if self.primary(19) => Err(exit),
+            8 if self.primary(21) => Ok(()),
+            8 => {
+                self.finding("the guest writes the host's CR8".into());
+                Ok(())
+            }
+            _ => Err(UD),
+        }
+    }
+
+    /// A bit that the guest owns but may not have: #GP, SDM 26.3.
+    fn check_free_bits(&self, cr: u8, value: u64) -> Result<(), Stop> {
+        let profile = &self.inner.profile;
+        let (zero, one) = if cr == 0 {
+            let free = if self.secondary(7) { 1 | 1 << 31 } else { 0 };
+            (profile.msr(0x486) & !free, profile.msr(0x487))
+        } else {
+            (profile.msr(0x488), profile.msr(0x489))
+        };
+        let wrong = zero & !value != 0 || value & !one != 0;
+        if wrong { Err(GP) } else { Ok(()) }
+    }
+
+    /// MOV from a control register.
+    pub(crate) fn mov_from_cr(&mut self, cr: u8, gpr: usize) -> Result<(), Stop> {
+        let exit = self.exit_now(28, u64::from(cr) | 1 << 4 | (gpr as u64) << 8);
+        let value = match cr {
+            0 => {
+                let mask = self.field(0x6000);
+                self.field(0x6800) & !mask | self.field(0x6004) & mask
+            }
+            2 => self.inner.state().cpus[self.cpu].cr2,
+            3 if self.primary(16) => return Err(exit),
+            3 => self.field(0x6802),
+            4 => {
+                let mask = self.field(0x6002);
+                self.field(0x6804) & !mask | self.field(0x6006) & mask
+            }
+            8 if self.primary(20) => return Err(exit),
+            8 => 0,
+            _ => return Err(UD),
+        };
+        self.set_register(gpr, value);
+        Ok(())
+    }
+
+    /// CLTS.
+    pub(crate) fn clts(&mut self) -> Result<(), Stop> {
+        let (mask, shadow) = (self.field(0x6000), self.field(0x6004));
+        if mask & shadow & 8 != 0 {
+            return Err(self.exit_now(28, 2 << 4));
+        }
+        if mask & 8 == 0 {
+            let cr0 = self.field(0x6800);
+            self.set_field(0x6800, cr0 & !8);
+        }
+        Ok(())
+    }
+
+    /// LMSW with a register operand.
+    pub(crate) fn lmsw(&mut self, value: u16) -> Result<(), Stop> {
+        let (mask, shadow) = (self.field(0x6000), self.field(0x6004));
+        let source = u64::from(value);
+        // PE can only be set; MP, EM and TS follow the source.
+        let sets_pe = mask & 1 != 0 && source & 1 != 0 && shadow & 1 == 0;
+        if sets_pe || mask & (source ^ shadow) & 0xe != 0 {
+            return Err(self.exit_now(28, 3 << 4 | source << 16));
+        }
+        let change = !mask & 0xf;
+        let cr0 = self.field(0x6800);
+        let merged = cr0 & !(change & 0xe) | source & change;
+        self.set_field(0x6800, merged);
+        Ok(())
+    }
+
+    /// MOV to or from a debug register.
+    pub(crate) fn mov_dr(&mut self, dr: u8, gpr: usize, read: bool) -> Result<(), Stop> {
+        if self.primary(23) {
+            let q = u64::from(dr) | u64::from(read) << 4 | (gpr as u64) << 8;
+            return Err(self.exit_now(29, q));
+        }
+        let index = usize::from(dr & 7);
+        if read {
+            let value = if dr == 7 {
+                self.field(0x681a)
+            } else {
+                self.inner.state().cpus[self.cpu].dr[index]
+            };
+            self.set_register(gpr, value);
+        } else if dr == 7 {
+            self.set_field(0x681a, self.register(gpr));
+        } else {
+            let value = self.register(gpr);
+            self.inner.state().cpus[self.cpu].dr[index] = value;
+        }
+        Ok(())
+    }
+
+    /// RDTSC.
+    pub(crate) fn rdtsc(&mut self) -> Result<(), Stop> {
+        if self.primary(12) {
+            return Err(self.exit_now(16, 0));
+        }
+        let offset = if self.primary(3) {
+            self.field(0x2010)
+        } else {
+            0
+        };
+        let mut state = self.inner.state();
+        state.tsc += 20;
+        let value = state.tsc.wrapping_add(offset);
+        drop(state);
+        self.regs.gpr[0] = value & 0xffff_ffff;
+        self.regs.gpr[2] = value >> 32;
+        Ok(())
+    }
+
+    /// One access to guest-physical memory with an equal linear address.
+    /// Returns the host-physical address.
+    ///
+    /// # Errors
+    /// The exit or fault it causes.
+    pub fn touch(&mut self, gpa: u64, access: Access) -> Result<u64, Stop> {
+        self.touch_at(gpa, Some(gpa), access)
+    }
+
+    /// One access to guest-physical memory. `linear` is the address the guest
+    /// used; `None` if it had none.
+    ///
+    /// # Errors
+    /// The exit it causes.
+    pub fn touch_at(&mut self, gpa: u64, linear: Option<u64>, access: Access) -> Result<u64, Stop> {
+        let eptp = self.field(0x201a);
+        if !self.secondary(1) {
+            self.finding("the guest accesses memory without EPT".into());
+        }
+        let mut state = self.inner.state();
+        let result = state.translate(&self.inner.profile, self.cpu, eptp, gpa, access);
+        drop(state);
+        let (reason, qualification) = match result {
+            Ok(physical) => return Ok(physical),
+            Err(EptFault::Violation(rights)) => {
+                // Bits 7 and 8: a linear address, and its translation accessed.
+                let valid = if linear.is_some() { 0x180 } else { 0 };
+                (48, access as u64 | rights << 3 | valid)
+            }
+            Err(EptFault::Misconfiguration) => (49, 0),
+        };
+        Err(Stop::Exit(ExitInfo {
+            reason,
+            qualification,
+            linear,
+            physical: Some(gpa),
+            ..ExitInfo::default()
+        }))
+    }
+
+    /// Reads up to 8 bytes of guest-physical memory, within a page.
+    ///
+    /// # Errors
+    /// The exit it causes.
+    pub fn read(&mut self, gpa: u64, size: usize) -> Result<u64, Stop> {
+        let at = self.touch(gpa, Access::Read)?;
+        let mut bytes = [0; 8];
+        self.inner.state().memory.read(at, &mut bytes[..size]);
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Writes up to 8 bytes of guest-physical memory, within a page.
+    ///
+    /// # Errors
+    /// The exit it causes.
+    pub fn write(&mut self, gpa: u64, size: usize, value: u64) -> Result<(), Stop> {
+        let at = self.touch(gpa, Access::Write)?;
+        self.inner
+            .state()
+            .memory
+            .write(at, &value.to_le_bytes()[..size]);
+        Ok(())
+    }
+
+    /// CR2, which VM entry and exit leave alone.
+    #[must_use]
+    pub fn cr2(&self) -> u64 {
+        self.inner.state().cpus[self.cpu].cr2
+    }
+
+    /// XCR0 while the guest runs.
+    #[must_use]
+    pub fn xcr0(&self) -> u64 {
+        self.inner.state().cpus[self.cpu].xcr0
+    }
+
+    /// Debug register 0 to 3 or 6 while the guest runs.
+    #[must_use]
+    pub fn dr(&self, index: usize) -> u64 {
+        self.inner.state().cpus[self.cpu].dr[index]
+    }
+
+    /// An MSR of the processor while the guest runs.
+    #[must_use]
+    pub fn msr(&self, number: u32) -> u64 {
+        match msr_field(number) {
+            Some(field) => self.field(field),
+            None => self.inner.state().cpus[self.cpu]
+                .msrs
+                .get(&number)
+                .copied()
+                .unwrap_or(0),
+        }
+    }
+
+    fn fpu(&self) {
+        if self.inner.state().cpus[self.cpu].host_extended.is_none() {
+            self.finding("the guest uses the host's extended registers".into());
+        }
+    }
+
+    /// An XMM register.
+    #[must_use]
+    pub fn xmm(&self, index: usize) -> u128 {
+        self.fpu();
+        self.inner.state().cpus[self.cpu].extended.xmm(index)
+    }
+
+    /// Writes an XMM register.
+    pub fn set_xmm(&mut self, index: usize, value: u128) {
+        self.fpu();
+        self.inner.state().cpus[self.cpu]
+            .extended
+            .set_xmm(index, value);
+    }
+
+    /// The upper half of a YMM register.
+    #[must_use]
+    pub fn ymm_high(&self, index: usize) -> u128 {
+        self.fpu();
+        self.inner.state().cpus[self.cpu].extended.ymm_high(index)
+    }
+
+    /// Writes the upper half of a YMM register.
+    pub fn set_ymm_high(&mut self, index: usize, value: u128) {
+        self.fpu();
+        self.inner.state().cpus[self.cpu]
+            .extended
+            .set_ymm_high(index, value);
+    }
+
+    pub(crate) fn set_if(&mut self, on: bool) {
+        let rflags = self.field(0x6820);
+        let was = rflags >> 9 & 1 != 0;
+        self.set_field(0x6820, if on { rflags | 0x200 } else { rflags & !0x200 });
+        if on && !was {
+            let state = self.field(0x4824);
+            self.set_field(0x4824, state | 1);
+        }
+    }
+
+    /// Sends a host interrupt to this processor.
+    pub fn raise_host_interrupt(&self) {
+        self.inner.cores.raise(self.cpu);
+    }
+
+    /// Sends a host NMI to this processor.
+    pub fn raise_host_nmi(&self) {
+        self.inner.cores.raise_nmi(self.cpu);
+    }
+
+    /// Waits for a host interrupt to be sent to this processor.
+    pub fn wait_for_host_interrupt(&self) {
+        self.inner.cores.wait_for_interrupt(self.cpu);
+    }
+}
