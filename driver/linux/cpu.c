@@ -108,13 +108,13 @@ u64 haxm_os_monotonic_ns(void)
 
 static int haxm_cpu_online(unsigned int cpu)
 {
-	haxm_core_cpu_online(cpu);
+	haxm_core_cpu_online();
 	return 0;
 }
 
 static int haxm_cpu_offline(unsigned int cpu)
 {
-	haxm_core_cpu_offline(cpu);
+	haxm_core_cpu_offline();
 	return 0;
 }
 
@@ -125,13 +125,13 @@ static int haxm_cpu_offline(unsigned int cpu)
 #ifdef HAXM_SYSCORE_DATA
 static int haxm_suspend(void *data)
 {
-	haxm_core_suspend();
+	haxm_core_cpu_offline();
 	return 0;
 }
 
 static void haxm_resume(void *data)
 {
-	haxm_core_resume();
+	haxm_core_cpu_online();
 }
 
 static const struct syscore_ops haxm_sleep_ops = {
@@ -146,13 +146,13 @@ static struct syscore haxm_sleep = { .ops = &haxm_sleep_ops };
 #else
 static int haxm_suspend(void)
 {
-	haxm_core_suspend();
+	haxm_core_cpu_offline();
 	return 0;
 }
 
 static struct syscore_ops haxm_sleep = {
 	.suspend = haxm_suspend,
-	.resume = haxm_core_resume,
+	.resume = haxm_core_cpu_online,
 };
 
 #define haxm_sleep_register() register_syscore_ops(&haxm_sleep)

@@ -91,12 +91,12 @@ void haxm_core_call(void *call);
 /* Bytes first..last of the watched process change. Must not sleep. */
 void haxm_core_invalidate_begin(void *listener, u64 start, u64 end);
 void haxm_core_invalidate_end(void *listener, u64 start, u64 end);
-/* Called on that processor, unable to migrate. */
-void haxm_core_cpu_online(u32 cpu);
-void haxm_core_cpu_offline(u32 cpu);
-/* Called on the only running processor, interrupts off. */
-void haxm_core_suspend(void);
-void haxm_core_resume(void);
+/*
+ * Called on the processor that came or goes, unable to migrate; at suspend on
+ * the last running one, with interrupts off.
+ */
+void haxm_core_cpu_online(void);
+void haxm_core_cpu_offline(void);
 /* The machine restarts or halts. All processors run, interrupts on. */
 void haxm_core_reboot(void);
 

@@ -9,8 +9,6 @@ unsafe extern "C" {
     /// Length in bytes; no terminator.
     pub(crate) fn haxm_os_log(level: u32, text: *const u8, length: usize);
 
-    /// May sleep. Null if there is no memory.
-    pub(crate) safe fn haxm_os_alloc(size: usize, align: usize) -> *mut c_void;
     pub(crate) fn haxm_os_free(memory: *mut c_void);
     /// A zeroed page; its physical address goes to `physical`.
     pub(crate) fn haxm_os_page_alloc(physical: *mut u64) -> *mut c_void;
@@ -73,6 +71,8 @@ unsafe extern "C" {
 
 #[cfg(target_os = "none")]
 unsafe extern "C" {
+    /// May sleep. Null if there is no memory.
+    pub(crate) safe fn haxm_os_alloc(size: usize, align: usize) -> *mut c_void;
     /// Logs and stops the machine, or at least this thread.
     pub(crate) fn haxm_os_panic(text: *const u8, length: usize);
 }

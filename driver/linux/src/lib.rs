@@ -26,4 +26,5 @@ mod logger;
 #[cfg(target_os = "none")]
 mod runtime;
 mod shared;
+mod shim;
 mod user;
