@@ -374,7 +374,9 @@ impl CpuidTable {
         };
         self.set_row(place::LEAF_D, self.xsave_leaf(0, &all));
         self.set_row(place::LEAF_D_SUB_1, self.xsave_leaf(1, &all));
-        let bits = (self.row(place::EXTENDED_8).eax & 0xff).clamp(32, self.physical_bits);
+        let given = self.row(place::EXTENDED_8).eax & 0xff;
+        // Not clamp(), which panics where its limits cross.
+        let bits = given.min(self.physical_bits).max(32);
         self.set_row(place::EXTENDED_8, eax_only(LINEAR_BITS << 8 | bits));
     }
 

@@ -126,7 +126,7 @@ impl<M: Machine> Run<'_, M> {
     pub(super) fn push_all(&mut self) -> Outcome<()> {
         let size = self.size();
         let mut bytes = [0u8; 32];
-        for (to, reg) in bytes.chunks_exact_mut(usize::from(size)).zip(ALL) {
+        for (to, reg) in bytes.chunks_exact_mut(usize::from(size.max(1))).zip(ALL) {
             let value = self.machine.gpr(reg).to_le_bytes();
             for (to, from) in to.iter_mut().zip(value) {
                 *to = from;
@@ -144,7 +144,7 @@ impl<M: Machine> Run<'_, M> {
         let (span, top) = self.top(size.wrapping_mul(8))?;
         let mut bytes = [0u8; 32];
         self.read(&span, &mut bytes)?;
-        for (from, reg) in bytes.chunks_exact(usize::from(size)).zip(ALL) {
+        for (from, reg) in bytes.chunks_exact(usize::from(size.max(1))).zip(ALL) {
             let mut value = [0u8; 8];
             for (to, from) in value.iter_mut().zip(from) {
                 *to = *from;
