@@ -134,14 +134,19 @@ fn build(work: &WorkFolder, dir: &Path) -> Result<()> {
 /// The package is not kept: it is 139 MB and not wanted again.
 fn unpack(scratch: &Path, source: &Path) -> Result<()> {
     progress("fetching the guest kernel's source (139 MB)");
-    let packages = scratch.join("packages");
-    fs::create_dir_all(&packages)?;
-    let mut download = Command::new("apt-get");
-    download
-        .args(["-q", "download", PACKAGE])
-        .current_dir(&packages);
-    command::output(&mut download).context("is the package archive reachable (apt-get update)?")?;
-    let file = fs::read_dir(&packages)?
+    let fetched = scratch.join("packages");
+    fs::create_dir_all(&fetched)?;
+    let download = || {
+        let mut apt = Command::new("apt-get");
+        apt.args(["-q", "download", PACKAGE]).current_dir(&fetched);
+        command::output(&mut apt)
+    };
+    if download().is_err() {
+        // The lists may be absent or name a version that has been replaced.
+        packages::refresh_lists()?;
+        download().with_context(|| format!("the package archive gives no {PACKAGE}"))?;
+    }
+    let file = fs::read_dir(&fetched)?
         .filter_map(|e| Some(e.ok()?.path()))
         .next();
     let file = file.with_context(|| format!("apt-get fetched no {PACKAGE}"))?;
