@@ -348,13 +348,10 @@ impl CpuidTable {
                 Need::Avx512 => self.allowed_xcr0().contains(AVX512_STATE),
                 _ => true,
             };
-            // XSAVE and AVX-512F themselves open what the others rest on.
+            // AVX and AVX-512F themselves open what the others rest on.
             let rests_on = match *feature {
                 Feature::AVX => self.has(Feature::XSAVE) && self.host_xcr0.contains(Xcr0::AVX),
                 Feature::AVX512F => self.has(Feature::AVX) && self.host_xcr0.contains(AVX512_STATE),
-                Feature::XSAVEOPT | Feature::XSAVEC | Feature::XGETBV1 => {
-                    founded && self.has(Feature::XSAVE)
-                }
                 _ => founded,
             };
             if !rests_on {
@@ -387,7 +384,7 @@ impl CpuidTable {
             return Xcr0::empty();
         }
         if !self.has(Feature::AVX) {
-            bits.remove(Xcr0::AVX | AVX512_STATE);
+            bits.remove(Xcr0::AVX);
         }
         if !self.has(Feature::AVX512F) {
             bits.remove(AVX512_STATE);

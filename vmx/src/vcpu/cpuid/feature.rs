@@ -218,7 +218,7 @@ impl Feature {
 pub(super) const FORCED: [Feature; 2] = [Feature::HYPERVISOR, Feature::APIC];
 
 /// CR4 bits and the feature that brings each, SDM 2.5 "Control Registers".
-const CR4_FEATURES: [(Cr4, Feature); 16] = [
+pub(super) const CR4_FEATURES: [(Cr4, Feature); 16] = [
     (Cr4::VME, Feature::VME),
     (Cr4::PVI, Feature::VME),
     (Cr4::TSD, Feature::TSC),

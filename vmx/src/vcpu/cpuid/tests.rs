@@ -197,10 +197,10 @@ fn nothing_the_host_lacks_is_offered() {
 #[test]
 fn data_beyond_the_host_s_highest_leaf_is_ignored() {
     let old = |leaf, subleaf| match leaf {
-        0 => result(4, 0, 0, 0),
-        5.. if leaf < 0x8000_0000 => result(ALL, ALL, ALL, ALL),
-        0x8000_0000 => result(0x8000_0004, 0, 0, 0),
-        0x8000_0005.. => result(ALL, ALL, ALL, ALL),
+        0 => result(6, 0, 0, 0),
+        7.. if leaf < 0x8000_0000 => result(ALL, ALL, ALL, ALL),
+        0x8000_0000 => result(0x8000_0006, 0, 0, 0),
+        0x8000_0007.. => result(ALL, ALL, ALL, ALL),
         _ => everything(leaf, subleaf),
     };
     let table = CpuidTable::build(old, AVX512, Secondary::all(), Cr4::all(), 36);
@@ -364,6 +364,52 @@ fn features_for_the_core() {
 }
 
 #[test]
+fn each_cr4_bit_goes_with_its_feature() {
+    let all = table().features().allowed_cr4();
+    for (_, feature) in super::feature::CR4_FEATURES {
+        let mut table = table();
+        table.set_word(feature.word, table.word(feature.word) & !feature.mask());
+        let gone = super::feature::CR4_FEATURES
+            .into_iter()
+            .filter(|(_, other)| *other == feature)
+            .fold(0, |bits, (bit, _)| bits | bit.bits());
+        assert_eq!(table.features().allowed_cr4(), all & !gone, "{feature:?}");
+    }
+    let bit = |bit: Cr4| {
+        let place = super::feature::CR4_FEATURES.iter().find(|(b, _)| *b == bit);
+        place.map(|(_, feature)| *feature)
+    };
+    assert_eq!(bit(Cr4::PVI), Some(Feature::VME));
+    assert_eq!(bit(Cr4::SMEP), Some(Feature::SMEP));
+    assert_eq!(bit(Cr4::SMAP), Some(Feature::SMAP));
+    assert_eq!(bit(Cr4::PCIDE), Some(Feature::PCID));
+    assert_eq!(bit(Cr4::UMIP), Some(Feature::UMIP));
+    assert_eq!(bit(Cr4::FSGSBASE), Some(Feature::FSGSBASE));
+}
+
+#[test]
+fn a_subleaf_that_does_not_exist_is_ignored() {
+    let host = |leaf, subleaf| match (leaf, subleaf) {
+        (7, 0) => result(0, ALL, ALL, ALL),
+        _ => everything(leaf, subleaf),
+    };
+    let table = CpuidTable::build(host, AVX512, Secondary::all(), Cr4::all(), 46);
+    assert_eq!(table.lookup(7, 0, &UP).eax, 0);
+    assert_eq!(table.lookup(7, 1, &UP), result(0, 0, 0, 0));
+}
+
+#[test]
+fn set_lowers_the_highest_extended_leaf() {
+    let mut table = table();
+    let lower = result(0x8000_0004, 1, 2, 3);
+    table.set(&[entry(0x8000_0000, 0, lower)]).unwrap();
+    let zero = table.lookup(0x8000_0000, 0, &UP);
+    assert_eq!(zero, result(0x8000_0004, 0, 0, 0));
+    assert_ne!(table.lookup(0x8000_0002, 0, &UP), result(0, 0, 0, 0));
+    assert_eq!(table.lookup(0x8000_0008, 0, &UP), result(0, 0, 0, 0));
+}
+
+#[test]
 fn set_cannot_add_what_is_not_there() {
     let mut table = table_with(AVX, Secondary::empty(), Cr4::empty());
     let before = table;
@@ -450,7 +496,7 @@ fn set_keeps_what_it_must() {
         .unwrap();
     let one = table.lookup(1, 0, &UP);
     assert_eq!(one, result(0x306c3, 0x0001_0800, 1 << 31, 1 << 9));
-    assert_eq!(table.lookup(0x15, 0, &UP), result(0, 0, 0, 0));
+    assert_eq!(table.row(8), result(0, 0, 0, 0), "no zero in leaf 0x15");
     assert_eq!(table.row(9), result(0, 0, 0, 0), "no zero in leaf 0x16");
     let zero = table.lookup(0, 0, &UP);
     assert_eq!(zero, result(7, 0x756e_6547, 0x6c65_746e, 0x4965_6e69));
