@@ -20,6 +20,8 @@
 #define HAXM_VMS 64
 #define HAXM_VCPUS 16
 
+#define HAXM_LOCK_CLASSES 16
+
 /* module.c: log and end of the world */
 void haxm_os_log(u32 level, const u8 *text, size_t length);
 void haxm_os_panic(const u8 *text, size_t length);
@@ -29,10 +31,11 @@ void *haxm_os_alloc(size_t size, size_t align);
 void haxm_os_free(void *memory);
 void *haxm_os_page_alloc(u64 *physical);
 void haxm_os_page_free(void *page);
-void *haxm_os_mutex_new(u32 class);
+/* The name stays while the module does; the class is below HAXM_LOCK_CLASSES. */
+void *haxm_os_mutex_new(u32 class, const char *name);
 void haxm_os_mutex_lock(void *lock);
 void haxm_os_mutex_unlock(void *lock);
-void *haxm_os_spin_new(u32 class);
+void *haxm_os_spin_new(u32 class, const char *name);
 void haxm_os_spin_lock(void *lock);
 void haxm_os_spin_unlock(void *lock);
 

@@ -45,33 +45,22 @@ void haxm_os_page_free(void *page)
 }
 
 /*
- * vmx::sync::LockClass, in its order. A class of its own for each, so that
- * lockdep sees their order and not one lock taken again and again.
+ * A lockdep class for each vmx::sync::LockClass, so that lockdep sees their
+ * order and not one lock taken again and again.
  */
-static struct {
-	const char *name;
-	struct lock_class_key key;
-} haxm_lock_classes[] = {
-	{ .name = "haxm: devices" },
-	{ .name = "haxm: hypervisor" },
-	{ .name = "haxm: vm" },
-	{ .name = "haxm: vcpu" },
-	{ .name = "haxm: memory map" },
-	{ .name = "haxm: ept" },
-};
+static struct lock_class_key haxm_lock_keys[HAXM_LOCK_CLASSES];
 
-void *haxm_os_mutex_new(u32 class)
+void *haxm_os_mutex_new(u32 class, const char *name)
 {
 	struct mutex *lock;
 
-	if (class >= ARRAY_SIZE(haxm_lock_classes))
+	if (class >= HAXM_LOCK_CLASSES)
 		return NULL;
 	lock = kmalloc(sizeof(*lock), GFP_KERNEL_ACCOUNT);
 	if (!lock)
 		return NULL;
 	mutex_init(lock);
-	lockdep_set_class_and_name(lock, &haxm_lock_classes[class].key,
-				   haxm_lock_classes[class].name);
+	lockdep_set_class_and_name(lock, &haxm_lock_keys[class], name);
 	return lock;
 }
 
@@ -86,18 +75,17 @@ void haxm_os_mutex_unlock(void *lock)
 }
 
 /* Raw: it is taken with preemption off, where PREEMPT_RT's other kind may not be. */
-void *haxm_os_spin_new(u32 class)
+void *haxm_os_spin_new(u32 class, const char *name)
 {
 	raw_spinlock_t *lock;
 
-	if (class >= ARRAY_SIZE(haxm_lock_classes))
+	if (class >= HAXM_LOCK_CLASSES)
 		return NULL;
 	lock = kmalloc(sizeof(*lock), GFP_KERNEL_ACCOUNT);
 	if (!lock)
 		return NULL;
 	raw_spin_lock_init(lock);
-	lockdep_set_class_and_name(lock, &haxm_lock_classes[class].key,
-				   haxm_lock_classes[class].name);
+	lockdep_set_class_and_name(lock, &haxm_lock_keys[class], name);
 	return lock;
 }
 

@@ -3,7 +3,7 @@
 // UNSAFETY: declares functions of another language.
 #![expect(unsafe_code)]
 
-use core::ffi::{c_int, c_void};
+use core::ffi::{c_char, c_int, c_void};
 
 unsafe extern "C" {
     /// Length in bytes; no terminator.
@@ -14,11 +14,11 @@ unsafe extern "C" {
     pub(crate) fn haxm_os_page_alloc(physical: *mut u64) -> *mut c_void;
     pub(crate) fn haxm_os_page_free(page: *mut c_void);
 
-    /// Freed with `haxm_os_free`; so is a spin lock.
-    pub(crate) safe fn haxm_os_mutex_new(class: u32) -> *mut c_void;
+    /// The name is NUL-terminated and static. Freed with `haxm_os_free`; so is a spin lock.
+    pub(crate) fn haxm_os_mutex_new(class: u32, name: *const c_char) -> *mut c_void;
     pub(crate) fn haxm_os_mutex_lock(lock: *mut c_void);
     pub(crate) fn haxm_os_mutex_unlock(lock: *mut c_void);
-    pub(crate) safe fn haxm_os_spin_new(class: u32) -> *mut c_void;
+    pub(crate) fn haxm_os_spin_new(class: u32, name: *const c_char) -> *mut c_void;
     pub(crate) fn haxm_os_spin_lock(lock: *mut c_void);
     pub(crate) fn haxm_os_spin_unlock(lock: *mut c_void);
 

@@ -2,13 +2,31 @@
 // UNSAFETY: hands the C half the pointers it gave.
 #![expect(unsafe_code)]
 
-use core::ffi::c_void;
+use core::ffi::{CStr, c_void};
 use core::ptr::NonNull;
 
 use vmx::fallible::NoMemory;
 use vmx::sync::{LockClass, RawLock};
 
 use crate::ffi;
+
+/// What lockdep calls a class.
+const fn name(class: LockClass) -> &'static CStr {
+    match class {
+        LockClass::Devices => c"haxm: devices",
+        LockClass::Hypervisor => c"haxm: hypervisor",
+        LockClass::Vm => c"haxm: vm",
+        LockClass::Vcpu => c"haxm: vcpu",
+        LockClass::MemoryMap => c"haxm: memory map",
+        LockClass::GuestCopy => c"haxm: guest copy",
+        LockClass::Ept => c"haxm: ept",
+    }
+}
+
+/// `HAXM_LOCK_CLASSES` of `haxm.h`.
+const CLASSES: u32 = 16;
+// The last class has a place there, so all have.
+const _: () = assert!((LockClass::Ept as u32) < CLASSES);
 
 macro_rules! lock {
     ($(#[$doc:meta])* $name:ident, $new:ident, $take:ident, $give:ident) => {
@@ -23,7 +41,9 @@ macro_rules! lock {
         // SAFETY: the kernel's lock excludes, with acquire and release ordering.
         unsafe impl RawLock for $name {
             fn new(class: LockClass) -> Result<Self, NoMemory> {
-                NonNull::new(ffi::$new(class as u32)).map(Self).ok_or(NoMemory)
+                // SAFETY: the name is a static C string.
+                let lock = unsafe { ffi::$new(class as u32, name(class).as_ptr()) };
+                NonNull::new(lock).map(Self).ok_or(NoMemory)
             }
 
             fn lock(&self) {
