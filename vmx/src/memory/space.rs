@@ -181,12 +181,12 @@ impl<H: Host> AddressSpace<H> {
     }
 
     /// Calls `visit` with every EPT leaf in `start..end`: its guest-physical
-    /// address, size, entry. For tests and diagnosis: it holds the spin lock.
+    /// address, size, entry. For tests and diagnosis: looks at one leaf at a time.
     pub fn visit_leaves(&self, start: Gpa, end: Gpa, visit: &mut dyn FnMut(Gpa, LeafSize, u64)) {
-        let core = self.inner.core.lock();
         let mut gpa = start.0;
         while gpa < end.0.min(self.inner.limit) {
-            let step = match core.ept.lookup(Gpa(gpa)) {
+            let found = self.inner.core.lock().ept.lookup(Gpa(gpa));
+            let step = match found {
                 Ok((entry, size)) => {
                     visit(Gpa(gpa & size.bytes().wrapping_neg()), size, entry.bits());
                     size.bytes()

@@ -1,0 +1,626 @@
+//! The memory manager against a naive model: a map from guest page to client
+//! page, over random operations, sane and hostile, with allocations failing.
+// UNSAFETY: installs the global allocator that fails on demand.
+#![allow(unsafe_code)]
+
+mod memory_host;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::Ordering;
+
+use haxm_vmx::Error;
+use haxm_vmx::arch::addr::{Gpa, Hva};
+use haxm_vmx::arch::ept::EptVpidCaps;
+use haxm_vmx::memory::{Access, AccessError, AddressSpace, FaultOutcome, LeafSize, Reserve};
+use memory_host::{
+    Allocator, Backing, FakeHost, PAGE, Random, UNDER_SPIN, run_as_cpu, with_failure,
+};
+
+#[global_allocator]
+static ALLOCATOR: Allocator = Allocator;
+
+const ROM: u32 = 1;
+const STANDALONE: u32 = 0x40;
+const INVALID: u32 = 0x80;
+
+const CPUS: usize = 3;
+const GROUP: u64 = 512;
+/// Guest pages that the operations work on.
+const GUEST_PAGES: u64 = 6 * GROUP;
+/// The first of the client's pages, and how many there are.
+const CLIENT_FIRST: u64 = 4 * GROUP;
+const CLIENT_PAGES: u64 = 8 * GROUP;
+/// The guest's physical-address width.
+const ADDRESS_BITS: u8 = 40;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Page {
+    client: u64,
+    rom: bool,
+    block: u64,
+}
+
+/// What HAXM's interface promises, page by page.
+#[derive(Default)]
+struct Model {
+    pages: BTreeMap<u64, Page>,
+    /// Start page to end page, and whether it is stand-alone.
+    blocks: BTreeMap<u64, (u64, bool)>,
+    protected: BTreeSet<u64>,
+    highest: u64,
+}
+
+/// First and last page, if the range is made of whole pages.
+fn whole_pages(start: u64, size: u64) -> Result<(u64, u64), Error> {
+    let end = start.checked_add(size).ok_or(Error::Invalid)?;
+    if size == 0 || start % PAGE != 0 || size % PAGE != 0 {
+        return Err(Error::Invalid);
+    }
+    Ok((start / PAGE, end / PAGE))
+}
+
+fn guest_pages(start: u64, size: u64) -> Result<(u64, u64), Error> {
+    let (first, last) = whole_pages(start, size)?;
+    if last > 1 << (ADDRESS_BITS - 12) {
+        return Err(Error::Invalid);
+    }
+    Ok((first, last))
+}
+
+impl Model {
+    fn overlaps(&self, first: u64, last: u64) -> bool {
+        self.blocks
+            .iter()
+            .any(|(start, (end, _))| *start < last && *end > first)
+    }
+
+    fn add_ram_block(&mut self, va: u64, size: u64) -> Result<(), Error> {
+        let (first, last) = whole_pages(va, size)?;
+        if va == 0 || self.overlaps(first, last) {
+            return Err(Error::Invalid);
+        }
+        self.blocks.insert(first, (last, false));
+        Ok(())
+    }
+
+    fn set_ram(&mut self, gpa: u64, size: u64, va: u64, flags: u32) -> Result<(), Error> {
+        let (first, last) = guest_pages(gpa, size)?;
+        if flags & !(ROM | STANDALONE | INVALID) != 0 {
+            return Err(Error::Invalid);
+        }
+        if flags & INVALID != 0 {
+            if flags != INVALID || va != 0 {
+                return Err(Error::Invalid);
+            }
+            self.pages.retain(|page, _| *page < first || *page >= last);
+        } else {
+            let (client, client_last) = whole_pages(va, size)?;
+            if va == 0 {
+                return Err(Error::Invalid);
+            }
+            let block = if flags & STANDALONE != 0 {
+                if self.overlaps(client, client_last) {
+                    return Err(Error::Invalid);
+                }
+                self.blocks.insert(client, (client_last, true));
+                client
+            } else {
+                let found = self
+                    .blocks
+                    .iter()
+                    .find(|(start, (end, _))| **start <= client && client_last <= *end);
+                *found.ok_or(Error::Invalid)?.0
+            };
+            for page in first..last {
+                let mapped = Page {
+                    client: client + page - first,
+                    rom: flags & ROM != 0,
+                    block,
+                };
+                self.pages.insert(page, mapped);
+            }
+        }
+        let used: BTreeSet<u64> = self.pages.values().map(|page| page.block).collect();
+        self.blocks
+            .retain(|start, (_, standalone)| !*standalone || used.contains(start));
+        self.highest = self.highest.max(last);
+        Ok(())
+    }
+
+    fn protect_ram(&mut self, gpa: u64, size: u64, flags: u32) -> Result<(), Error> {
+        let (first, last) = guest_pages(gpa, size)?;
+        if last > self.highest {
+            return Err(Error::Invalid);
+        }
+        match flags & 7 {
+            0 => self.protected.extend(first..last),
+            7 => self.protected.retain(|page| *page < first || *page >= last),
+            _ => return Err(Error::Invalid),
+        }
+        Ok(())
+    }
+
+    /// The lowest protected page of the group that `page` is in.
+    fn barrier(&self, page: u64) -> Option<u64> {
+        let group = page / GROUP * GROUP;
+        self.protected.range(group..group + GROUP).next().copied()
+    }
+
+    fn fault(&self, host: &FakeHost, page: u64, write: bool) -> Result<FaultOutcome, Error> {
+        let Some(mapped) = self.pages.get(&page) else {
+            return Ok(FaultOutcome::Mmio);
+        };
+        if let Some(first) = self.barrier(page) {
+            return Ok(FaultOutcome::Protected {
+                gpa: Gpa(first * PAGE),
+            });
+        }
+        if mapped.rom && write {
+            return Ok(FaultOutcome::RomWrite);
+        }
+        match host.backing(mapped.client) {
+            Some(backing) if backing.writable || !write => Ok(FaultOutcome::Mapped),
+            _ => Err(Error::Fault),
+        }
+    }
+
+    /// Whether a guest may have this translation now.
+    fn permits(&self, host: &FakeHost, page: u64, frame: u64, write: bool) -> bool {
+        let Some(mapped) = self.pages.get(&page) else {
+            return false;
+        };
+        let Some(backing) = host.backing(mapped.client) else {
+            return false;
+        };
+        self.barrier(page).is_none()
+            && backing.frame == frame
+            && (!write || (!mapped.rom && backing.writable))
+    }
+
+    /// Slots, if neighbours that continue each other are one.
+    fn runs(&self) -> usize {
+        let mut runs = 0;
+        let mut before: Option<(u64, Page)> = None;
+        for (page, mapped) in &self.pages {
+            let goes_on = before.is_some_and(|(last, old)| {
+                last + 1 == *page
+                    && old.client + 1 == mapped.client
+                    && old.rom == mapped.rom
+                    && old.block == mapped.block
+            });
+            runs += usize::from(!goes_on);
+            before = Some((*page, *mapped));
+        }
+        runs
+    }
+
+    fn protected_runs(&self) -> usize {
+        self.protected
+            .iter()
+            .filter(|page| **page == 0 || !self.protected.contains(&(**page - 1)))
+            .count()
+    }
+}
+
+/// The real thing, its model, and three processors with their TLBs.
+struct Bench {
+    host: FakeHost,
+    space: AddressSpace<FakeHost>,
+    model: Model,
+    random: Random,
+    /// Guest page to frame and whether it is writable, as each processor has
+    /// cached it.
+    tlbs: [BTreeMap<u64, (u64, bool)>; CPUS],
+    /// Allocations are to fail.
+    failing: bool,
+    failures: u64,
+    next_frame: u64,
+}
+
+fn caps() -> EptVpidCaps {
+    EptVpidCaps::PAGE_2M | EptVpidCaps::PAGE_1G | EptVpidCaps::ACCESSED_DIRTY
+}
+
+impl Bench {
+    fn new(seed: u64, failing: bool) -> Self {
+        let host = FakeHost::new(CPUS);
+        let space = AddressSpace::new(&host, caps(), ADDRESS_BITS).unwrap();
+        let mut bench = Self {
+            host,
+            space,
+            model: Model::default(),
+            random: Random(seed),
+            tlbs: Default::default(),
+            failing,
+            failures: 0,
+            next_frame: 1 << 20,
+        };
+        for piece in 0..CLIENT_PAGES / GROUP {
+            bench.back_piece(piece, piece % 2 == 0);
+        }
+        bench
+    }
+
+    /// New frames for a 2 MB piece of the client's memory.
+    fn back_piece(&mut self, piece: u64, large: bool) {
+        let first = CLIENT_FIRST + piece * GROUP;
+        let frame = self.next_frame.next_multiple_of(GROUP);
+        self.next_frame = frame + 2 * GROUP;
+        let writable = !self.random.one_in(5);
+        self.host.change(first, first + GROUP, |process| {
+            for page in 0..GROUP {
+                let backing = Backing {
+                    frame: frame + page * if large { 1 } else { 2 },
+                    writable,
+                    shift: if large { 21 } else { 12 },
+                };
+                process.insert(first + page, backing);
+            }
+        });
+    }
+
+    /// One page changes; the piece around it is no longer one.
+    fn change_page(&mut self) {
+        let page = CLIENT_FIRST + self.random.below(CLIENT_PAGES);
+        let frame = self.next_frame;
+        self.next_frame += 1;
+        let kind = self.random.below(4);
+        let piece = page / GROUP * GROUP;
+        self.host.change(page, page + 1, |process| {
+            for page in piece..piece + GROUP {
+                if let Some(backing) = process.get_mut(&page) {
+                    backing.shift = 12;
+                }
+            }
+            let new = Backing {
+                frame,
+                writable: kind != 1,
+                shift: 12,
+            };
+            if kind == 0 {
+                process.remove(&page);
+            } else {
+                process.insert(page, new);
+            }
+        });
+    }
+
+    /// A range of guest pages, now and then not quite one.
+    fn guest_range(&mut self) -> (u64, u64) {
+        let random = &mut self.random;
+        let mut start = random.below(GUEST_PAGES);
+        let mut length = match random.below(4) {
+            0 => 1 + random.below(4),
+            1 => 1 + random.below(GROUP),
+            _ => 1 + random.below(3 * GROUP),
+        };
+        if random.one_in(3) {
+            start = start / GROUP * GROUP;
+            length = length.next_multiple_of(GROUP);
+        }
+        length = length.min(GUEST_PAGES - start);
+        let (mut gpa, mut size) = (start * PAGE, length * PAGE);
+        if random.one_in(20) {
+            match random.below(6) {
+                0 => gpa += 1 + random.below(PAGE - 1),
+                1 => size += 1 + random.below(PAGE - 1),
+                2 => size = 0,
+                3 => gpa = u64::MAX - (1 + random.below(8)) * PAGE / 2 + 1,
+                4 => gpa = (1 << ADDRESS_BITS) - random.below(16) * PAGE,
+                _ => size = u64::MAX - (1 + random.below(8)) * PAGE + 1,
+            }
+        }
+        (gpa, size)
+    }
+
+    fn client_address(&mut self, gpa: u64) -> u64 {
+        let random = &mut self.random;
+        let page = CLIENT_FIRST + random.below(CLIENT_PAGES);
+        let mut va = page * PAGE;
+        if random.one_in(2) {
+            // Aligned with the guest, so that large leaves are possible.
+            va = page / GROUP * GROUP * PAGE + gpa % (GROUP * PAGE);
+        }
+        match random.below(40) {
+            0 => va + 1 + random.below(PAGE - 1),
+            1 => 0,
+            2 => u64::MAX - (1 + random.below(8)) * PAGE + 1,
+            _ => va,
+        }
+    }
+
+    /// Runs a call of the client, perhaps with an allocation failing, and the
+    /// same on the model; returns whether it changed something.
+    fn call(
+        &mut self,
+        real: impl FnOnce(&AddressSpace<FakeHost>) -> Result<(), Error>,
+        model: impl FnOnce(&mut Model) -> Result<(), Error>,
+    ) {
+        let fail_in = (self.failing && self.random.one_in(2)).then(|| self.random.below(5) as u32);
+        let (result, failed) = with_failure(fail_in, || real(&self.space));
+        if failed {
+            assert_eq!(result, Err(Error::NoMemory));
+            self.failures += 1;
+            self.check_counts();
+        } else {
+            assert_eq!(result, model(&mut self.model));
+        }
+    }
+
+    fn step(&mut self) {
+        match self.random.below(20) {
+            0 => {
+                let (_, size) = self.guest_range();
+                let va = self.client_address(0);
+                self.call(
+                    |space| space.add_ram_block(Hva(va), size),
+                    |model| model.add_ram_block(va, size),
+                );
+            }
+            1..=5 => {
+                let (gpa, size) = self.guest_range();
+                let va = self.client_address(gpa);
+                let mut flags =
+                    [0, 0, ROM, STANDALONE, STANDALONE | ROM][self.random.below(5) as usize];
+                if self.random.one_in(30) {
+                    flags = self.random.below(0x200) as u32;
+                }
+                self.call(
+                    |space| space.set_ram(gpa, size, va, flags),
+                    |model| model.set_ram(gpa, size, va, flags),
+                );
+            }
+            6 | 7 => {
+                let (gpa, size) = self.guest_range();
+                self.call(
+                    |space| space.set_ram(gpa, size, 0, INVALID),
+                    |model| model.set_ram(gpa, size, 0, INVALID),
+                );
+            }
+            8 => {
+                let (gpa, size) = self.guest_range();
+                let flags = if self.random.one_in(10) {
+                    3
+                } else {
+                    self.random.below(2) as u32 * 7
+                };
+                self.call(
+                    |space| space.protect_ram(gpa, size, flags),
+                    |model| model.protect_ram(gpa, size, flags),
+                );
+            }
+            9 => {
+                self.call(
+                    |space| space.protect_ram(0, GUEST_PAGES / 2 * PAGE, 7),
+                    |model| model.protect_ram(0, GUEST_PAGES / 2 * PAGE, 7),
+                );
+            }
+            10 => self.change_page(),
+            11 => {
+                let piece = self.random.below(CLIENT_PAGES / GROUP);
+                let large = !self.random.one_in(3);
+                self.back_piece(piece, large);
+            }
+            12 => self.copy(),
+            _ => self.touch(),
+        }
+    }
+
+    /// A guest on one of the processors touches a page.
+    fn touch(&mut self) {
+        let cpu = self.random.below(CPUS as u64) as usize;
+        run_as_cpu(cpu);
+        let page = self.random.below(GUEST_PAGES + 4);
+        let write = self.random.one_in(2);
+        for attempt in 0..4 {
+            // Entry: whatever is still cached must be true, or be flushed now.
+            let flush = self.space.before_entry(cpu).unwrap();
+            if let Some(flush) = flush {
+                self.tlbs[cpu].clear();
+                self.space.flushed(cpu, flush);
+            }
+            if !self.tlbs[cpu].contains_key(&page) {
+                if let Some((frame, entry)) = self.host.translate(self.space.eptp(), page * PAGE) {
+                    self.tlbs[cpu].insert(page, (frame, entry & 2 != 0));
+                }
+            }
+            let cached = self.tlbs[cpu].get(&page).copied();
+            if let Some((frame, writable)) = cached {
+                assert!(
+                    self.model.permits(&self.host, page, frame, writable),
+                    "page {page:#x}: a processor uses what it may not"
+                );
+            }
+            self.space.after_exit(cpu);
+            if cached.is_some_and(|(_, writable)| writable || !write) {
+                return;
+            }
+            // An EPT violation drops the translation it is about.
+            self.tlbs[cpu].remove(&page);
+            if !self.fault(page, write, attempt) {
+                return;
+            }
+        }
+        panic!("page {page:#x} faults for ever");
+    }
+
+    /// Answers a fault; whether the guest should try again.
+    fn fault(&mut self, page: u64, write: bool, attempt: u32) -> bool {
+        let access = if write { Access::WRITE } else { Access::READ };
+        let mut reserve = Reserve::new();
+        let fail_in = (self.failing && self.random.one_in(3)).then(|| self.random.below(6) as u32);
+        let (result, failed) = with_failure(fail_in, || {
+            self.space.fault(Gpa(page * PAGE + 8), access, &mut reserve)
+        });
+        if failed {
+            assert_eq!(result, Err(Error::NoMemory));
+            self.failures += 1;
+            return false;
+        }
+        if result == Ok(FaultOutcome::Retry) {
+            assert!(attempt < 2, "page {page:#x} is never mapped");
+            return true;
+        }
+        let expected = self.model.fault(&self.host, page, write);
+        assert_eq!(result, expected, "page {page:#x}, write {write}");
+        if result == Ok(FaultOutcome::Mapped) {
+            let (_, entry) = self
+                .host
+                .translate(self.space.eptp(), page * PAGE)
+                .expect("mapped, but not there");
+            assert!(entry & 5 == 5 && (!write || entry & 2 != 0));
+        }
+        result == Ok(FaultOutcome::Mapped)
+    }
+
+    /// The kernel writes some guest memory and reads it back.
+    fn copy(&mut self) {
+        let gpa = self.random.below(GUEST_PAGES * PAGE);
+        let length = 1 + self.random.below(3 * PAGE) as usize;
+        let seed = self.random.below(200) as u8;
+        let bytes: Vec<u8> = (0..length).map(|i| seed.wrapping_add(i as u8)).collect();
+        let result = self.space.write(Gpa(gpa), &bytes);
+        assert_eq!(result, self.expected_access(gpa, length, true));
+        let mut read = vec![0; length];
+        let readable = self.space.read(Gpa(gpa), &mut read);
+        assert_eq!(readable, self.expected_access(gpa, length, false));
+        if result.is_ok() && !self.aliased(gpa, length) {
+            assert_eq!(read, bytes);
+        }
+    }
+
+    fn aliased(&self, gpa: u64, length: usize) -> bool {
+        let last = (gpa + length as u64 - 1) / PAGE;
+        let clients: Vec<_> = (gpa / PAGE..=last)
+            .map(|page| self.model.pages[&page].client)
+            .collect();
+        clients.iter().collect::<BTreeSet<_>>().len() < clients.len()
+    }
+
+    fn expected_access(&self, gpa: u64, length: usize, write: bool) -> Result<(), AccessError> {
+        let end = gpa + length as u64;
+        let mut here = gpa;
+        let mut unreadable = false;
+        while here < end {
+            let page = here / PAGE;
+            let mapped = self
+                .model
+                .pages
+                .get(&page)
+                .ok_or(AccessError::Mmio(Gpa(here)))?;
+            if let Some(first) = self.model.barrier(page) {
+                return Err(AccessError::Protected(Gpa(first * PAGE)));
+            }
+            if write && mapped.rom {
+                return Err(AccessError::RomWrite(Gpa(here)));
+            }
+            let backing = self.host.backing(mapped.client);
+            let missing = !backing.is_some_and(|backing| backing.writable || !write);
+            // A read finds out on the way, a write looks at the map first.
+            if missing && !write {
+                return Err(AccessError::Host(Error::Fault));
+            }
+            unreadable |= missing;
+            here = (page + 1) * PAGE;
+        }
+        if unreadable {
+            return Err(AccessError::Host(Error::Fault));
+        }
+        Ok(())
+    }
+
+    fn check_counts(&self) {
+        let counts = self.space.statistics();
+        assert_eq!(counts.slots, self.model.runs());
+        assert_eq!(counts.blocks, self.model.blocks.len());
+        assert_eq!(counts.protected_ranges, self.model.protected_runs());
+        assert_eq!(counts.tables as usize, self.host.pages());
+    }
+
+    /// The EPT against the model, page by page, and its tables against its
+    /// leaves: none is empty.
+    fn check_all(&self) {
+        self.check_counts();
+        let eptp = self.space.eptp();
+        let mut leaves = [0; 3];
+        let mut tables = BTreeSet::from([(4, 0)]);
+        let mut mapped = BTreeSet::new();
+        let end = Gpa(1 << ADDRESS_BITS);
+        self.space.visit_leaves(Gpa(0), end, &mut |gpa, size, _| {
+            let level = match size {
+                LeafSize::Small => 1,
+                LeafSize::Large => 2,
+                LeafSize::Huge => 3,
+            };
+            leaves[level - 1] += 1;
+            for level in level..4 {
+                tables.insert((level, gpa.0 >> (12 + 9 * level)));
+            }
+            mapped.extend(gpa.0 / PAGE..(gpa.0 + size.bytes()) / PAGE);
+        });
+        for page in 0..GUEST_PAGES {
+            let found = self.host.translate(eptp, page * PAGE);
+            assert_eq!(found.is_some(), mapped.contains(&page));
+            if let Some((frame, entry)) = found {
+                assert!(
+                    self.model.permits(&self.host, page, frame, entry & 2 != 0),
+                    "page {page:#x} is mapped and must not be"
+                );
+            }
+        }
+        assert!(mapped.last().is_none_or(|last| *last < GUEST_PAGES));
+        let counts = self.space.statistics();
+        assert_eq!(counts.leaves, leaves);
+        assert_eq!(counts.tables as usize, tables.len());
+    }
+
+    /// Ends the VM: every page comes back.
+    fn finish(self) {
+        self.check_all();
+        drop(self.space);
+        assert_eq!(self.host.pages(), 0);
+        assert_eq!(
+            UNDER_SPIN.load(Ordering::Relaxed),
+            0,
+            "allocated under a spin lock"
+        );
+    }
+}
+
+/// Sequences of random operations; in every third one allocations fail.
+/// Returns the failures that were come across and the large leaves seen.
+fn run(sequences: u64, operations: u64, seed: u64) -> (u64, u64) {
+    let (mut failures, mut large) = (0, 0);
+    for sequence in 0..sequences {
+        let mut bench = Bench::new(seed + sequence * 1000, sequence % 3 == 2);
+        for operation in 0..operations {
+            bench.step();
+            if operation % 8 == 0 {
+                bench.check_counts();
+            }
+            if operation % 128 == 0 {
+                bench.check_all();
+                large += bench.space.statistics().leaves[1];
+            }
+        }
+        failures += bench.failures;
+        bench.finish();
+    }
+    (failures, large)
+}
+
+#[test]
+fn random_operations_agree_with_the_model() {
+    let (failures, large) = run(50, 1000, 1);
+    assert!(failures > 500, "only {failures} allocations failed");
+    assert!(large > 100, "only {large} large leaves");
+}
+
+/// The nightly size; `MEMORY_SEED` chooses other sequences.
+#[test]
+#[ignore = "takes minutes"]
+fn a_million_random_operations_agree_with_the_model() {
+    let seed = std::env::var("MEMORY_SEED").ok();
+    let seed = seed.and_then(|seed| seed.parse().ok()).unwrap_or(77);
+    run(1000, 1000, seed);
+}
