@@ -6,6 +6,7 @@
 mod abi;
 mod lint;
 mod module;
+mod run;
 mod setup;
 mod testbed;
 
@@ -37,6 +38,11 @@ const COMMANDS: &[Command] = &[
         name: "module",
         about: "[--kernel 6.1|6.12|DIR]  build haxm.ko",
         run: module::run,
+    },
+    Command {
+        name: "run",
+        about: "[--smp N] [--machine pc|microvm]  boot a Linux guest through /dev/HAX",
+        run: run::run,
     },
     Command {
         name: "setup",

@@ -26,7 +26,7 @@ target/module/RELEASE.
   --object   stop after the Rust object and its checks";
 
 /// What building a module needs besides the compiler (see [`sysroot::Compiler::find`]).
-const NEEDED: &[&str] = &[
+pub(crate) const NEEDED: &[&str] = &[
     "gcc",
     "make",
     "libc6-dev",

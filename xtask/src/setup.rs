@@ -4,7 +4,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
+use std::path::PathBuf;
+use testbed::client::{self, Client};
 use testbed::{Flavour, Kernel, WorkFolder, bochs::Bochs, guest::Pieces, packages};
+
+use crate::module;
 
 const HELP: &str = "usage: cargo xtask setup [--kernel 6.1|6.12]...
 Installs the Debian packages the emulated PC needs (the only step that asks for root), builds its
@@ -57,4 +61,37 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     }
     println!("ready in {:.1} s", start.elapsed().as_secs_f64());
     Ok(ExitCode::SUCCESS)
+}
+
+/// Everything a run on the emulated PC needs.
+pub(crate) struct Parts {
+    /// haxm.ko for the kernel asked for.
+    pub(crate) module: PathBuf,
+    /// QEMU and its guest.
+    pub(crate) client: Client,
+}
+
+/// Installs, fetches and builds all of it; what is there already is left alone. The long builds
+/// (Bochs, QEMU, the guest's kernel) run beside each other and beside our own.
+///
+/// # Errors
+/// The first part that could not be made; the text says what to do.
+pub(crate) fn everything(flavour: Flavour) -> Result<Parts> {
+    let needed = [packages::NEEDED, module::NEEDED, &client::needed()].concat();
+    packages::ensure_packages(&needed)?;
+    module::sysroot::Compiler::find()?;
+    let work = WorkFolder::open()?;
+    let kernel = Kernel::ensure(&work, flavour)?;
+    kernel.ensure_build_packages()?;
+    std::thread::scope(|scope| {
+        let bochs = scope.spawn(|| Bochs::ensure(&work).and_then(|_| Pieces::ensure(&work)));
+        let client = scope.spawn(|| Client::ensure(&work));
+        let module = module::build(flavour.series())?;
+        let stopped = |what| anyhow::anyhow!("the build of {what} stopped");
+        bochs.join().map_err(|_| stopped("Bochs"))??;
+        Ok(Parts {
+            module,
+            client: client.join().map_err(|_| stopped("the client"))??,
+        })
+    })
 }

@@ -2,6 +2,7 @@
 //! [`Machine`].
 
 use abi::tunnel::{ExitStatus, IoDirection, IoFlags, TunnelIo};
+use alloc::boxed::Box;
 use core::cell::Cell;
 use zerocopy::IntoBytes;
 
@@ -21,6 +22,7 @@ use crate::emulate::{
     self, Access, Backing, DecodeError, Fault, Gpr, Insn, MAX_INSN_LEN, Machine, MmioLog, Mode,
     Seg, SegmentState, Step,
 };
+use crate::fallible::{NoMemory, try_box};
 use crate::host::Host;
 use crate::memory::walk::{self, Paging, WalkAccess, WalkFault};
 use crate::memory::{self, AccessError};
@@ -33,11 +35,12 @@ pub struct Emulation {
 
 impl Emulation {
     /// None under way.
-    pub const fn new() -> Self {
-        Self {
+    #[inline(never)]
+    pub fn boxed() -> Result<Box<Self>, NoMemory> {
+        try_box(Self {
             insn: None,
             log: MmioLog::new(),
-        }
+        })
     }
 
     /// An instruction waits to be continued.

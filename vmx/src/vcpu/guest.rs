@@ -1,12 +1,15 @@
 //! What the vCPUs of one VM share.
 
+use alloc::boxed::Box;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use abi::cpuid::CpuidEntry;
 
 use super::cpuid::CpuidTable;
 use crate::Error;
 use crate::caps::Caps;
 use crate::cpu::Cpu;
-use crate::fallible::Shared;
+use crate::fallible::{NoMemory, Shared, try_box};
 use crate::host::Host;
 use crate::memory::AddressSpace;
 use crate::platform::Membership;
@@ -20,7 +23,7 @@ pub struct Guest<H: Host> {
     /// Guest-physical memory. Before `membership`, so that it is gone when VMX
     /// operation ends.
     memory: AddressSpace<H>,
-    cpuid: Lock<H::Mutex, CpuidTable>,
+    cpuid: Lock<H::Mutex, Box<CpuidTable>>,
     /// Counts changes of the CPUID table.
     cpuid_version: AtomicU32,
     /// One bit per vCPU that exists.
@@ -41,7 +44,7 @@ impl<H: Host> Guest<H> {
     pub fn new(membership: Membership<H>) -> Result<Shared<Self>, Error> {
         let platform = membership.platform();
         let (host, caps) = (platform.host(), platform.caps());
-        let cpuid = CpuidTable::new(host.cpu(), caps);
+        let cpuid = try_box(CpuidTable::new(host.cpu(), caps))?;
         let memory = AddressSpace::new(host, caps.ept_vpid, caps.physical_bits)?;
         let guest = Shared::new(Self {
             memory,
@@ -75,10 +78,25 @@ impl<H: Host> Guest<H> {
         self.membership.platform().caps()
     }
 
-    /// The CPUID table and its version.
-    pub fn cpuid(&self) -> (CpuidTable, u32) {
+    /// A copy of the CPUID table, and its version.
+    ///
+    /// # Errors
+    /// [`NoMemory`].
+    pub fn cpuid(&self) -> Result<(Box<CpuidTable>, u32), NoMemory> {
         let table = self.cpuid.lock();
-        (*table, self.cpuid_version.load(Ordering::Acquire))
+        Ok((try_box(**table)?, self.cpuid_version()))
+    }
+
+    /// Copies the CPUID table; returns its version.
+    pub fn copy_cpuid(&self, into: &mut CpuidTable) -> u32 {
+        let table = self.cpuid.lock();
+        *into = **table;
+        self.cpuid_version()
+    }
+
+    /// GET_CPUID: fills `entries` as far as it goes; returns the rows there are.
+    pub fn cpuid_entries(&self, entries: &mut [CpuidEntry]) -> usize {
+        self.cpuid.lock().entries(entries)
     }
 
     /// The version of the CPUID table, without its lock.
@@ -95,7 +113,7 @@ impl<H: Host> Guest<H> {
         change: impl FnOnce(&mut CpuidTable) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let mut table = self.cpuid.lock();
-        let mut copy = *table;
+        let mut copy = try_box(**table)?;
         change(&mut copy)?;
         *table = copy;
         self.cpuid_version.fetch_add(1, Ordering::AcqRel);

@@ -30,6 +30,7 @@ mod vmcs;
 
 pub use guest::{Guest, MAX_VCPUS};
 
+use alloc::boxed::Box;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use abi::cpuid::CpuidEntry;
@@ -39,10 +40,11 @@ use abi::tunnel::TunnelInfo;
 use abi::vcpu_state::{FxLayout, VcpuState};
 
 use crate::Error;
+use crate::arch::exit::ExitReason;
 use crate::arch::reg::Interruptibility;
 use crate::arch::{addr::Hpa, field};
 use crate::cpu::Cpu;
-use crate::fallible::Shared;
+use crate::fallible::{NoMemory, Shared, try_box};
 use crate::host::{Host, OwnedPage};
 use crate::memory::Reserve;
 use crate::operation::{Place, write_revision};
@@ -76,12 +78,12 @@ pub struct Inner<H: Host> {
     events: Events,
     extended: Extended<H>,
     switched: SwitchedMsrs,
-    msrs: MsrStore,
+    msrs: Box<MsrStore>,
     debug: DebugRegisters,
     host_state: HostState,
-    emulation: Emulation,
+    emulation: Box<Emulation>,
     reserve: Reserve<H>,
-    cpuid: CpuidTable,
+    cpuid: Box<CpuidTable>,
     /// What that table offers.
     features: Features,
     cpuid_version: u32,
@@ -107,12 +109,14 @@ pub struct Inner<H: Host> {
     step_due: bool,
     /// The guest is lost; every RUN says so.
     dead: bool,
+    /// Exits so far, by basic reason.
+    exits: Box<[u64; ExitReason::COUNT]>,
 }
 
 /// A virtual processor.
 pub struct Vcpu<H: Host> {
     place: Place,
-    inner: Lock<H::Mutex, Inner<H>>,
+    inner: Lock<H::Mutex, Box<Inner<H>>>,
     vectors: PendingVectors,
     channel: Channel<H>,
     /// Some thread is in RUN.
@@ -148,6 +152,45 @@ impl<H: Host> Drop for Number<H> {
 }
 
 impl<H: Host> Inner<H> {
+    /// The state of a vCPU whose VMCS nobody has written yet. Boxed part by
+    /// part, and never inlined: a kernel's stack is small.
+    #[inline(never)]
+    fn new(guest: &Guest<H>, id: u32) -> Result<Box<Self>, NoMemory> {
+        let host = guest.host();
+        let caps = guest.caps();
+        let (cpuid, cpuid_version) = guest.cpuid()?;
+        let features = cpuid.features();
+        try_box(Self {
+            registers: Registers::default(),
+            modes: Modes::new(caps, features.allowed_cr4()),
+            cr2: 0,
+            cr8: 0,
+            events: Events::default(),
+            extended: Extended::new(host)?,
+            switched: SwitchedMsrs::new(host.cpu()),
+            msrs: try_box(MsrStore::new(id == 0))?,
+            debug: DebugRegisters::default(),
+            host_state: HostState::default(),
+            emulation: Emulation::boxed()?,
+            reserve: Reserve::new(),
+            cpuid,
+            features,
+            cpuid_version,
+            launched: false,
+            primary: setup::primary(caps).bits(),
+            tsc_offset: guest.tsc_offset(),
+            tsc_adjust: 0,
+            on_loan: false,
+            pending_in: None,
+            pdptes_stale: false,
+            flush_linear: false,
+            completed: false,
+            step_due: false,
+            dead: false,
+            exits: try_box([0; ExitReason::COUNT])?,
+        })
+    }
+
     /// Drops what the last RUN left unfinished: the client moved the vCPU to
     /// another instruction.
     fn abandon(&mut self, current: &Current<'_, H>) {
@@ -177,37 +220,7 @@ impl<H: Host> Vcpu<H> {
         write_revision(&vmcs, caps);
         let msr_bitmap = OwnedPage::new(host)?;
         loan::fill_bitmap(&msr_bitmap);
-        let (cpuid, cpuid_version) = guest.cpuid();
-        let features = cpuid.features();
-        let inner = Inner {
-            registers: Registers::default(),
-            modes: Modes::new(caps, features.allowed_cr4()),
-            cr2: 0,
-            cr8: 0,
-            events: Events::default(),
-            extended: Extended::new(host)?,
-            switched: SwitchedMsrs::new(host.cpu()),
-            msrs: MsrStore::new(id == 0),
-            debug: DebugRegisters::default(),
-            host_state: HostState::default(),
-            emulation: Emulation::new(),
-            reserve: Reserve::new(),
-            cpuid,
-            features,
-            cpuid_version,
-            launched: false,
-            primary: setup::primary(caps).bits(),
-            tsc_offset: guest.tsc_offset(),
-            tsc_adjust: 0,
-            on_loan: false,
-            pending_in: None,
-            pdptes_stale: false,
-            flush_linear: false,
-            completed: false,
-            step_due: false,
-            dead: false,
-        };
-        let inner = Lock::new(LockClass::Vcpu, inner)?;
+        let inner = Lock::new(LockClass::Vcpu, Inner::new(guest, id)?)?;
         let channel = Channel::new(host)?;
         let operation = guest.membership().platform().operation();
         let address = vmcs.physical();
@@ -367,7 +380,7 @@ impl<H: Host> Vcpu<H> {
 
     /// GET_CPUID: fills `entries` as far as it goes; returns the rows there are.
     pub fn cpuid(&self, entries: &mut [CpuidEntry]) -> usize {
-        self.guest().cpuid().0.entries(entries)
+        self.guest().cpuid_entries(entries)
     }
 
     /// KICKOFF: makes a running guest exit.
@@ -383,7 +396,7 @@ impl<H: Host> Vcpu<H> {
         if inner.cpuid_version == self.guest().cpuid_version() {
             return false;
         }
-        (inner.cpuid, inner.cpuid_version) = self.guest().cpuid();
+        inner.cpuid_version = self.guest().copy_cpuid(&mut inner.cpuid);
         inner.features = inner.cpuid.features();
         inner.modes.allow_cr4(inner.features.allowed_cr4());
         true
@@ -395,5 +408,17 @@ impl<H: Host> Drop for Vcpu<H> {
         // The processor must let go of the VMCS before its page is freed.
         let operation = self.guest().membership().platform().operation();
         operation.release(self.place);
+        let exits = &self.inner.get_mut().exits;
+        log::info!(
+            "VM {} vCPU {}: {} exits",
+            self.number.guest.membership().number(),
+            self.number.id,
+            exits.iter().fold(0u64, |sum, n| sum.wrapping_add(*n)),
+        );
+        for (reason, count) in (0u16..).map(ExitReason).zip(exits.iter()) {
+            if *count != 0 {
+                log::info!("  {count} {}", reason.text());
+            }
+        }
     }
 }

@@ -186,6 +186,9 @@ impl<H: Host> Vcpu<H> {
             Err(_) => return handle::lost(inner, "processor without a record"),
         }
         let (exit, reason) = Exit::read(current);
+        if let Some(count) = inner.exits.get_mut(usize::from(reason.0)) {
+            *count = count.wrapping_add(1);
+        }
         self.channel.set_exit_reason(u32::from(reason.0));
         if exit.during_delivery() {
             inner.events.take_interrupted(current);
