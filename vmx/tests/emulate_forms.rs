@@ -24,6 +24,9 @@ const OTHERS: u64 = 0x3c_7600;
 const PLACE: u64 = 0x5100;
 const STACK: u64 = 0x6800;
 
+/// Registers and what they hold.
+type Values = &'static [(Gpr, u64)];
+
 /// One form: its bytes, what it starts from, what it must leave.
 struct Form {
     name: &'static str,
@@ -31,21 +34,21 @@ struct Form {
     /// The eight bytes at [rsi], before and after.
     memory: (u64, u64),
     /// Registers before; the rest hold a pattern.
-    before: &'static [(Gpr, u64)],
+    before: Values,
     /// Registers that change.
-    after: &'static [(Gpr, u64)],
+    after: Values,
     /// Flags it writes, and those of them that end up set.
     flags: (u64, u64),
     /// What differs when all flags were set: for the instructions that read them.
-    flagged: Option<(u64, &'static [(Gpr, u64)], u64)>,
+    flagged: Option<(u64, Values, u64)>,
 }
 
 const fn form(
     name: &'static str,
     code: &'static [u8],
     memory: (u64, u64),
-    before: &'static [(Gpr, u64)],
-    after: &'static [(Gpr, u64)],
+    before: Values,
+    after: Values,
     flags: (u64, u64),
 ) -> Form {
     Form {
@@ -60,7 +63,7 @@ const fn form(
 }
 
 /// A form that reads flags: memory, registers and flags when all were set.
-const fn reads(mut form: Form, memory: u64, after: &'static [(Gpr, u64)], flags: u64) -> Form {
+const fn reads(mut form: Form, memory: u64, after: Values, flags: u64) -> Form {
     form.flagged = Some((memory, after, flags));
     form
 }

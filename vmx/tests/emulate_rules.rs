@@ -1,0 +1,353 @@
+//! The rules around an access: segment rights and limits, canonical addresses,
+//! alignment, whether vector registers are enabled, privilege of PUSHF, branch
+//! targets.
+
+mod emulate_machine;
+
+use emulate_machine::{Fake, Kind, flat};
+use haxm_vmx::emulate::{Exception, Gpr, Machine, Mode, Seg, Step, decode};
+
+const PAGE: u64 = 0x5000;
+const GP: Step = Step::Fault(Exception::PROTECTION);
+const SS: Step = Step::Fault(Exception::STACK);
+const AC: Step = Step::Fault(Exception::ALIGNMENT);
+const UD: Step = Step::Fault(Exception::INVALID_OPCODE);
+const NM: Step = Step::Fault(Exception::NO_DEVICE);
+
+/// mov [rbx], al / mov al, [rbx] / mov al, [rbp] / mov cs:[rbx], al: the same
+/// bytes in 32- and 64-bit code.
+const STORE: &[u8] = &[0x88, 0x03];
+const LOAD: &[u8] = &[0x8a, 0x03];
+const LOAD_STACK: &[u8] = &[0x8a, 0x45, 0];
+const STORE_CODE: &[u8] = &[0x2e, 0x88, 0x03];
+const LOAD_CODE: &[u8] = &[0x2e, 0x8a, 0x03];
+const LOAD_DWORD: &[u8] = &[0x8b, 0x03];
+
+fn machine(mode: Mode) -> Fake {
+    let mut fake = Fake::new(mode);
+    fake.map(PAGE, Kind::Mmio);
+    fake.map(PAGE + 0x1000, Kind::Ram);
+    for reg in [Gpr::Rbx, Gpr::Rbp, Gpr::Rsp] {
+        fake.gpr[reg.number()] = PAGE;
+    }
+    fake
+}
+
+fn run(fake: &mut Fake, mode: Mode, code: &[u8]) -> Step {
+    fake.run(&decode(code, mode).expect("an emulated instruction"))
+        .0
+}
+
+#[test]
+fn segment_rights() {
+    const BITS: Mode = Mode::Bits32;
+    let with = |seg: Seg, access: u32, code: &[u8]| {
+        let mut fake = machine(BITS);
+        fake.segments[seg.number()] = flat(access);
+        run(&mut fake, BITS, code)
+    };
+    assert_eq!(with(Seg::Ds, 0xc093, STORE), Step::Done);
+    // Read-only data.
+    assert_eq!(with(Seg::Ds, 0xc091, STORE), GP);
+    assert_eq!(with(Seg::Ds, 0xc091, LOAD), Step::Done);
+    // Unusable, as a null selector leaves it; not present.
+    assert_eq!(with(Seg::Ds, 0x1_c093, LOAD), GP);
+    assert_eq!(with(Seg::Ds, 0xc013, LOAD), GP);
+    assert_eq!(with(Seg::Ss, 0x1_c093, LOAD_STACK), SS);
+    // Code: never written, read only if readable.
+    assert_eq!(with(Seg::Cs, 0xc09b, STORE_CODE), GP);
+    assert_eq!(with(Seg::Cs, 0xc09b, LOAD_CODE), Step::Done);
+    assert_eq!(with(Seg::Cs, 0xc099, LOAD_CODE), GP);
+}
+
+#[test]
+fn real_and_virtual_8086_mode_have_no_rights_but_limits() {
+    // mov cs:[bx], al; mov ax, [bx]; mov ax, [bp]
+    let (store_code, load, load_stack) = (&[0x2e, 0x88, 0x07], &[0x8b, 0x07], &[0x8b, 0x46, 0]);
+    let mode = Mode::Bits16;
+    for virtual_8086 in [false, true] {
+        let mut fake = machine(mode);
+        if virtual_8086 {
+            fake.rflags |= 1 << 17;
+            fake.cpl = 3;
+        } else {
+            fake.cr0 &= !1;
+        }
+        for segment in &mut fake.segments {
+            segment.limit = 0xffff;
+        }
+        fake.map(0xf000, Kind::Ram);
+        assert_eq!(run(&mut fake, mode, store_code), Step::Done);
+        fake.gpr[Gpr::Rbx.number()] = 0xffff;
+        fake.gpr[Gpr::Rbp.number()] = 0xffff;
+        assert_eq!(run(&mut fake, mode, load), GP);
+        assert_eq!(run(&mut fake, mode, load_stack), SS);
+        fake.gpr[Gpr::Rbx.number()] = 0xfffe;
+        assert_eq!(run(&mut fake, mode, load), Step::Done);
+    }
+}
+
+#[test]
+fn limits_up_and_down() {
+    const BITS: Mode = Mode::Bits32;
+    let with = |access: u32, limit: u64, code: &[u8]| {
+        let mut fake = machine(BITS);
+        let mut segment = flat(access);
+        segment.limit = limit as u32;
+        fake.segments[Seg::Ds.number()] = segment;
+        run(&mut fake, BITS, code)
+    };
+    assert_eq!(with(0x4093, PAGE + 3, LOAD_DWORD), Step::Done);
+    assert_eq!(with(0x4093, PAGE + 2, LOAD_DWORD), GP);
+    // Expand-down: everything above the limit.
+    assert_eq!(with(0x4097, PAGE - 1, LOAD_DWORD), Step::Done);
+    assert_eq!(with(0x4097, PAGE, LOAD_DWORD), GP);
+    // With a 64 KB top the same offset is inside, one beyond is not.
+    assert_eq!(with(0x0097, PAGE - 1, LOAD_DWORD), Step::Done);
+    let mut fake = machine(BITS);
+    fake.map(0xf000, Kind::Ram);
+    fake.map(0x1_0000, Kind::Ram);
+    fake.segments[Seg::Ds.number()] = flat(0x0097);
+    fake.segments[Seg::Ds.number()].limit = 0xfff;
+    fake.gpr[Gpr::Rbx.number()] = 0xfffd;
+    assert_eq!(run(&mut fake, BITS, LOAD_DWORD), GP);
+    fake.gpr[Gpr::Rbx.number()] = 0xfffc;
+    assert_eq!(run(&mut fake, BITS, LOAD_DWORD), Step::Done);
+}
+
+#[test]
+fn segment_bases() {
+    // Outside 64-bit mode every base counts and addresses wrap at 4 GB.
+    let mut fake = machine(Mode::Bits32);
+    fake.segments[Seg::Ds.number()].base = 0xffff_f000;
+    fake.gpr[Gpr::Rbx.number()] = PAGE + 0x1000;
+    fake.poke(PAGE, &[0x5a]);
+    assert_eq!(run(&mut fake, Mode::Bits32, LOAD), Step::Done);
+    assert_eq!(fake.gpr[0], 0x5a);
+    // In 64-bit mode only FS and GS have one, and limits and rights do not.
+    let mut fake = machine(Mode::Bits64);
+    for segment in &mut fake.segments {
+        *segment = flat(0x1_0000);
+        segment.limit = 0;
+        segment.base = 0x1000;
+    }
+    fake.poke(PAGE, &[0x5a]);
+    fake.poke(PAGE + 0x1000, &[0xa5]);
+    assert_eq!(run(&mut fake, Mode::Bits64, LOAD), Step::Done);
+    assert_eq!(fake.gpr[0], 0x5a);
+    assert_eq!(
+        run(&mut fake, Mode::Bits64, &[0x65, 0x8a, 0x03]),
+        Step::Done
+    );
+    assert_eq!(fake.gpr[0], 0xa5);
+}
+
+#[test]
+fn canonical_addresses() {
+    let mode = Mode::Bits64;
+    for (wide, edge) in [(false, 1u64 << 47), (true, 1 << 56)] {
+        let mut fake = machine(mode);
+        fake.wide_linear = wide;
+        let mut at = |address: u64, code: &[u8]| {
+            fake.gpr[Gpr::Rbx.number()] = address;
+            fake.gpr[Gpr::Rbp.number()] = address;
+            run(&mut fake, mode, code)
+        };
+        let fault = |address| Step::Fault(Exception::page_fault(0, address));
+        assert_eq!(at(edge, LOAD), GP);
+        assert_eq!(at(edge, LOAD_STACK), SS);
+        assert_eq!(at(edge.wrapping_neg().wrapping_sub(1), LOAD), GP);
+        // The last byte counts as well as the first.
+        assert_eq!(at(edge - 2, LOAD_DWORD), GP);
+        assert_eq!(at(edge - 4, LOAD_DWORD), fault(edge - 4));
+        assert_eq!(at(edge.wrapping_neg(), LOAD), fault(edge.wrapping_neg()));
+    }
+}
+
+#[test]
+fn alignment_check() {
+    const AM: u64 = 1 << 18;
+    let with = |cr0: u64, flag: u64, cpl: u8, code: &[u8], address: u64| {
+        let mut fake = machine(Mode::Bits64);
+        fake.cr0 |= cr0;
+        fake.rflags |= flag;
+        fake.cpl = cpl;
+        fake.gpr[Gpr::Rbx.number()] = address;
+        run(&mut fake, Mode::Bits64, code)
+    };
+    assert_eq!(with(AM, AM, 3, LOAD_DWORD, PAGE + 2), AC);
+    assert_eq!(with(AM, AM, 3, LOAD_DWORD, PAGE + 4), Step::Done);
+    assert_eq!(with(AM, AM, 3, LOAD, PAGE + 1), Step::Done);
+    assert_eq!(with(AM, AM, 0, LOAD_DWORD, PAGE + 2), Step::Done);
+    assert_eq!(with(0, AM, 3, LOAD_DWORD, PAGE + 2), Step::Done);
+    assert_eq!(with(AM, 0, 3, LOAD_DWORD, PAGE + 2), Step::Done);
+}
+
+#[test]
+fn vector_registers_must_be_enabled() {
+    // movups xmm0, [rbx]; vmovups ymm0, [rbx]
+    let (sse, avx) = (&[0x0f, 0x10, 0x03][..], &[0xc5, 0xfc, 0x10, 0x03][..]);
+    let with = |change: fn(&mut Fake), code: &[u8]| {
+        let mut fake = machine(Mode::Bits64);
+        change(&mut fake);
+        run(&mut fake, Mode::Bits64, code)
+    };
+    assert_eq!(with(|_| {}, sse), Step::Done);
+    assert_eq!(with(|_| {}, avx), Step::Done);
+    assert_eq!(with(|fake| fake.cr0 |= 4, sse), UD);
+    assert_eq!(with(|fake| fake.cr4 &= !(1 << 9), sse), UD);
+    assert_eq!(with(|fake| fake.cr0 |= 8, sse), NM);
+    assert_eq!(with(|fake| fake.cr0 |= 8, avx), NM);
+    assert_eq!(with(|fake| fake.cr4 &= !(1 << 18), avx), UD);
+    assert_eq!(with(|fake| fake.xcr0 = 3, avx), UD);
+    // CR0.EM and CR4.OSFXSR say nothing about AVX.
+    assert_eq!(with(|fake| fake.cr0 |= 4, avx), Step::Done);
+    assert_eq!(with(|fake| fake.cr4 &= !(1 << 9), avx), Step::Done);
+    // No VEX in real and virtual-8086 mode, not even for ANDN.
+    for avx in [
+        &[0xc5u8, 0xfc, 0x10, 0x07][..],
+        &[0xc4, 0xe2, 0x70, 0xf2, 0x07],
+    ] {
+        for real in [true, false] {
+            let mut fake = machine(Mode::Bits16);
+            if real {
+                fake.cr0 &= !1;
+            } else {
+                fake.rflags |= 1 << 17;
+            }
+            assert_eq!(run(&mut fake, Mode::Bits16, avx), UD);
+        }
+    }
+}
+
+#[test]
+fn vector_moves_keep_or_clear_what_is_above() {
+    let start = [0xeeu8; 32];
+    let with = |code: &[u8]| {
+        let mut fake = machine(Mode::Bits64);
+        let bytes: Vec<u8> = (1..=64).collect();
+        fake.poke(PAGE, &bytes);
+        fake.vectors = [start; 16];
+        assert_eq!(
+            run(&mut fake, Mode::Bits64, code),
+            Step::Done,
+            "{code:02x?}"
+        );
+        (fake.vector(0), fake.cleared_above[0])
+    };
+    let expect = |first: usize, fill: u8, rest: u8| {
+        let mut out = [rest; 32];
+        out[..16].fill(fill);
+        for (i, byte) in out[..first].iter_mut().enumerate() {
+            *byte = i as u8 + 1;
+        }
+        out
+    };
+    // Legacy SSE keeps bits 255:128, VEX clears everything above.
+    assert_eq!(with(&[0x0f, 0x10, 0x03]), (expect(16, 0, 0xee), false));
+    assert_eq!(with(&[0xc5, 0xf8, 0x10, 0x03]), (expect(16, 0, 0), true));
+    assert_eq!(with(&[0xc5, 0xfc, 0x10, 0x03]), (expect(32, 0, 0), true));
+    // Loads of an element clear the rest of the XMM register.
+    assert_eq!(with(&[0xf3, 0x0f, 0x10, 0x03]), (expect(4, 0, 0xee), false));
+    assert_eq!(with(&[0xf2, 0x0f, 0x10, 0x03]), (expect(8, 0, 0xee), false));
+    assert_eq!(with(&[0xf3, 0x0f, 0x7e, 0x03]), (expect(8, 0, 0xee), false));
+    // MOVLPS keeps the other half.
+    assert_eq!(with(&[0x0f, 0x12, 0x03]), (expect(8, 0xee, 0xee), false));
+}
+
+#[test]
+fn aligned_vector_moves_must_be_aligned() {
+    // movaps, vmovaps ymm, lock cmpxchg16b
+    for (code, size) in [
+        (&[0x0f, 0x28, 0x03][..], 16),
+        (&[0x0f, 0x29, 0x03], 16),
+        (&[0xc5, 0xfc, 0x28, 0x03], 32),
+        (&[0x66, 0x0f, 0xe7, 0x03], 16),
+        (&[0xf0, 0x48, 0x0f, 0xc7, 0x0b], 16),
+    ] {
+        let mut fake = machine(Mode::Bits64);
+        assert_eq!(
+            run(&mut fake, Mode::Bits64, code),
+            Step::Done,
+            "{code:02x?}"
+        );
+        for wrong in [1, 8, size / 2] {
+            fake.gpr[Gpr::Rbx.number()] = PAGE + wrong;
+            assert_eq!(
+                run(&mut fake, Mode::Bits64, code),
+                GP,
+                "{code:02x?} {wrong}"
+            );
+        }
+        // Through SS it is #GP too.
+        fake.gpr[Gpr::Rbx.number()] = 1 << 47 | 1;
+        assert_eq!(run(&mut fake, Mode::Bits64, code), GP);
+    }
+}
+
+#[test]
+fn pushf_in_virtual_8086_mode_needs_iopl() {
+    let mode = Mode::Bits16;
+    let mut fake = machine(mode);
+    fake.rflags |= 1 << 17 | 1 << 16;
+    fake.cpl = 3;
+    fake.cr4 &= !1;
+    fake.gpr[Gpr::Rsp.number()] = PAGE + 0x100;
+    let insn = decode(&[0x9c], mode).expect("emulated");
+    assert_eq!(fake.run(&insn).0, GP);
+    fake.cr4 |= 1;
+    assert_eq!(fake.run(&insn).0, Step::Unsupported);
+    fake.rflags |= 3 << 12;
+    assert_eq!(fake.run(&insn).0, Step::Done);
+    // A 32-bit image has neither VM nor RF.
+    let insn = decode(&[0x66, 0x9c], mode).expect("emulated");
+    fake.rflags |= 1 << 16;
+    assert_eq!(fake.run(&insn).0, Step::Done);
+    let pushed = fake.peek64(fake.gpr[Gpr::Rsp.number()]) as u32;
+    assert_eq!(pushed, 0x3002);
+}
+
+#[test]
+fn branch_targets_are_checked_before_the_stack_changes() {
+    // jmp [rbx] and call [rbx] to a non-canonical address
+    let mut fake = machine(Mode::Bits64);
+    fake.gpr[Gpr::Rsp.number()] = PAGE + 0x1800;
+    fake.poke(PAGE, &(1u64 << 47).to_le_bytes());
+    let before = fake.clone();
+    for code in [&[0xff, 0x23], &[0xff, 0x13]] {
+        assert_eq!(run(&mut fake, Mode::Bits64, code), GP);
+        assert_eq!((fake.gpr, fake.rip), (before.gpr, before.rip));
+        assert!(fake.pages[&6].bytes == before.pages[&6].bytes);
+    }
+    // Beyond the limit of CS in 32-bit code.
+    let mut fake = machine(Mode::Bits32);
+    fake.segments[Seg::Cs.number()].limit = 0xffff;
+    fake.gpr[Gpr::Rsp.number()] = PAGE + 0x1800;
+    fake.poke(PAGE, &0x1_0000u32.to_le_bytes());
+    assert_eq!(run(&mut fake, Mode::Bits32, &[0xff, 0x13]), GP);
+    fake.poke(PAGE, &0xffffu32.to_le_bytes());
+    assert_eq!(run(&mut fake, Mode::Bits32, &[0xff, 0x13]), Step::Done);
+    assert_eq!(fake.rip, 0xffff);
+    assert_eq!(fake.peek(PAGE + 0x17fc, 4), 0x1002u32.to_le_bytes());
+}
+
+#[test]
+fn division_errors_change_nothing() {
+    // div byte [rbx], idiv dword [rbx], div qword [rbx]
+    let rows: &[(&[u8], u64, u64, u64)] = &[
+        (&[0xf6, 0x33], 0, 1, 0),
+        (&[0xf6, 0x33], 1, 0x100, 0),
+        (&[0xf7, 0x3b], 0xffff_ffff, 0x8000_0000, 0xffff_ffff),
+        (&[0x48, 0xf7, 0x33], 5, 0, 5),
+    ];
+    for (code, divisor, rax, rdx) in rows {
+        let mut fake = machine(Mode::Bits64);
+        fake.poke(PAGE, &divisor.to_le_bytes());
+        fake.gpr[0] = *rax;
+        fake.gpr[Gpr::Rdx.number()] = *rdx;
+        let before = fake.gpr;
+        let step = run(&mut fake, Mode::Bits64, code);
+        assert_eq!(step, Step::Fault(Exception::DIVIDE), "{code:02x?}");
+        assert_eq!((fake.gpr, fake.rip), (before, 0x1000));
+    }
+}
