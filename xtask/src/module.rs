@@ -79,6 +79,8 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
 pub(crate) fn build(kernel: &str) -> Result<PathBuf> {
     let headers = Headers::find(kernel)?;
     let object = build_object()?;
+    let work = WorkFolder::at(&folder())?;
+    let _lock = work.lock(&headers.name)?;
     build_for(&headers, &object)
 }
 
@@ -93,7 +95,9 @@ fn folder() -> PathBuf {
 /// It does not compile, or the object holds what it must not (each finding is in the text).
 pub(crate) fn build_object() -> Result<PathBuf> {
     packages::ensure_packages(NEEDED)?;
-    let object = compile_object()?;
+    let work = WorkFolder::at(&folder())?;
+    let _lock = work.lock("object")?;
+    let object = compile_object(&work)?;
     let report = object::check(&object)?;
     ensure!(
         report.findings.is_empty(),
@@ -109,10 +113,9 @@ pub(crate) fn build_object() -> Result<PathBuf> {
 ///
 /// # Errors
 /// It does not compile.
-pub(crate) fn compile_object() -> Result<PathBuf> {
+fn compile_object(work: &WorkFolder) -> Result<PathBuf> {
     let compiler = sysroot::Compiler::find()?;
-    let work = WorkFolder::at(&folder())?;
-    let sysroot = compiler.sysroot(&work)?;
+    let sysroot = compiler.sysroot(work)?;
     let target_dir = work.path("cargo");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let flags = compiler.flags_of_crates(&sysroot);

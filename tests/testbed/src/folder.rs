@@ -101,7 +101,10 @@ impl WorkFolder {
     }
 
     /// Holds other processes off `name` until it is dropped.
-    fn lock(&self, name: &str) -> Result<File> {
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn lock(&self, name: &str) -> Result<File> {
         use rustix::fs::{FlockOperation, flock};
         let path = self.path(&format!(".{name}.lock"));
         let file =
