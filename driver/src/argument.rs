@@ -1,7 +1,7 @@
 //! A request's argument, by the three ways operating systems pass one: as an address in the
 //! caller, copied by the kernel before and after, or in one buffer for both directions.
 
-use abi::zerocopy::{FromBytes, FromZeros, IntoBytes};
+use abi::zerocopy::{FromBytes, IntoBytes};
 
 use crate::shim::Shim;
 use crate::status::Failure;
@@ -19,10 +19,16 @@ pub(crate) trait Argument {
     fn check_room(&self, size: usize) -> Result<(), Failure>;
 
     /// Copies the argument in.
-    fn get<T: FromBytes + FromZeros + IntoBytes>(&self) -> Result<T, Failure> {
+    fn get<T: FromBytes + IntoBytes>(&self) -> Result<T, Failure> {
         let mut value = T::new_zeroed();
-        self.read(0, value.as_mut_bytes())?;
+        self.fill(&mut value)?;
         Ok(value)
+    }
+
+    /// Copies the argument to where it is used: for one of hundreds of bytes,
+    /// of which the stack should not hold several.
+    fn fill<T: FromBytes + IntoBytes>(&self, value: &mut T) -> Result<(), Failure> {
+        self.read(0, value.as_mut_bytes())
     }
 }
 

@@ -82,7 +82,8 @@ fn msrs<A: Argument>(
     call: impl FnOnce(&mut MsrData) -> Result<(), vmx::Error>,
 ) -> Result<(), Failure> {
     argument.check_room(size_of::<MsrData>())?;
-    let mut data: MsrData = argument.get()?;
+    let mut data = MsrData::default();
+    argument.fill(&mut data)?;
     if data.nr_msr > MAX_MSRS {
         return Err(Failure::MsrCount);
     }
@@ -92,7 +93,8 @@ fn msrs<A: Argument>(
 
 #[inline(never)]
 fn set_fpu<V: CoreVcpu, A: Argument>(vcpu: &V, argument: &A) -> Result<(), Failure> {
-    let image: FxLayout = argument.get()?;
+    let mut image = FxLayout::default();
+    argument.fill(&mut image)?;
     vcpu.set_fpu(&image);
     Ok(())
 }
@@ -105,7 +107,8 @@ fn fpu<V: CoreVcpu, A: Argument>(vcpu: &V, argument: &mut A) -> Result<(), Failu
 
 #[inline(never)]
 fn set_regs<V: CoreVcpu, A: Argument>(vcpu: &V, argument: &A) -> Result<(), Failure> {
-    let regs: VcpuState = argument.get()?;
+    let mut regs = VcpuState::default();
+    argument.fill(&mut regs)?;
     Ok(vcpu.set_regs(&regs)?)
 }
 

@@ -30,8 +30,13 @@ pub enum Refusal {
         /// Bits that must be 0 and cannot be.
         stuck: u32,
     },
-    /// VMXON failed on a processor.
-    VmxonFailed,
+    /// This processor would do, and another one of the machine would not.
+    OtherProcessor {
+        /// It lacks VT-x or NX for good.
+        for_good: bool,
+        /// NX is what it lacks.
+        nx: bool,
+    },
 }
 
 impl Refusal {
@@ -39,13 +44,19 @@ impl Refusal {
     /// refusals let it load and say so when asked.
     #[must_use]
     pub const fn is_unsupported(self) -> bool {
-        matches!(self, Self::NoVmx | Self::NoNx)
+        matches!(
+            self,
+            Self::NoVmx | Self::NoNx | Self::OtherProcessor { for_good: true, .. }
+        )
     }
 
     /// NX rather than VT-x is what is missing.
     #[must_use]
     pub const fn is_nx(self) -> bool {
-        matches!(self, Self::NoNx | Self::NxDisabled)
+        matches!(
+            self,
+            Self::NoNx | Self::NxDisabled | Self::OtherProcessor { nx: true, .. }
+        )
     }
 }
 
@@ -66,7 +77,11 @@ impl fmt::Display for Refusal {
                 f,
                 "VMX {word} controls: bits {missing:#x} cannot be 1, bits {stuck:#x} cannot be 0"
             ),
-            Self::VmxonFailed => f.write_str("VMXON failed on a processor"),
+            Self::OtherProcessor { nx, .. } => write!(
+                f,
+                "a processor of this machine, though not this one, has no usable {}",
+                if *nx { "NX" } else { "VT-x" }
+            ),
         }
     }
 }

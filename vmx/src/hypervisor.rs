@@ -7,7 +7,6 @@ use crate::caps::{self, Refusal};
 use crate::fallible::{NoMemory, Shared};
 use crate::host::Host;
 use crate::platform::Platform;
-use crate::sync::{Lock, LockClass};
 use crate::vm::Vm;
 
 /// The memory limit of a fresh module, bytes: none that matters.
@@ -81,18 +80,27 @@ impl<H: Host> Hypervisor<H> {
 
     /// The capabilities of this processor, if every other one has them too.
     fn examine_all(host: &H) -> Result<caps::Caps, Refusal> {
-        let refusal: Lock<H::Spin, Option<Refusal>> =
-            Lock::new(LockClass::Ept, None).map_err(|NoMemory| Refusal::VmxonFailed)?;
+        let caps = caps::examine(host.cpu())?;
+        // The others answer from an interrupt, where no lock may be taken.
+        let (any, for_good, nx) = (
+            AtomicBool::new(false),
+            AtomicBool::new(false),
+            AtomicBool::new(false),
+        );
         host.run_on_all(&|| {
             if let Err(why) = caps::examine(host.cpu()) {
-                *refusal.lock() = Some(why);
+                any.store(true, Ordering::SeqCst);
+                for_good.fetch_or(why.is_unsupported(), Ordering::SeqCst);
+                nx.fetch_or(why.is_nx(), Ordering::SeqCst);
             }
         });
-        let why = *refusal.lock();
-        match why {
-            Some(why) => Err(why),
-            None => caps::examine(host.cpu()),
+        if any.into_inner() {
+            return Err(Refusal::OtherProcessor {
+                for_good: for_good.into_inner(),
+                nx: nx.into_inner(),
+            });
         }
+        Ok(caps)
     }
 
     /// What CAPABILITY reports.
