@@ -4,6 +4,7 @@
 //! name and returns the exit code of the process; an error is printed with its causes and is exit code 1.
 
 mod abi;
+mod conformance;
 mod lint;
 mod module;
 mod run;
@@ -28,6 +29,11 @@ const COMMANDS: &[Command] = &[
         name: "abi",
         about: "[--json]  print request numbers, structures and constants",
         run: abi::run,
+    },
+    Command {
+        name: "conformance",
+        about: "[--cpus N] [FILTER]  the driver's own tests on the emulated PC",
+        run: conformance::run,
     },
     Command {
         name: "lint",
@@ -83,6 +89,6 @@ fn main() -> ExitCode {
 fn usage() {
     eprintln!("usage: cargo xtask COMMAND [ARGUMENTS]");
     for c in COMMANDS {
-        eprintln!("  {:<10} {}", c.name, c.about);
+        eprintln!("  {:<12} {}", c.name, c.about);
     }
 }

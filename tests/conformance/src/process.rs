@@ -1,0 +1,79 @@
+//! Child processes and signals, for cases about who owns a VM and what ends with a process.
+// UNSAFETY: fork and the other process calls.
+#![expect(unsafe_code)]
+
+use anyhow::{Result, ensure};
+
+use crate::client::Node;
+
+/// What a forked child found, told by its exit code.
+pub fn in_child(body: impl FnOnce() -> u8) -> Result<u8> {
+    // SAFETY: this program has one thread whenever a case forks, so the child may do anything.
+    let child = unsafe { libc::fork() };
+    ensure!(child >= 0, "fork failed");
+    if child == 0 {
+        let code = body();
+        // SAFETY: ends the child without running the parent's cleanup.
+        unsafe { libc::_exit(i32::from(code)) };
+    }
+    let mut status = 0;
+    // SAFETY: `status` is ours; the child is ours.
+    let got = unsafe { libc::waitpid(child, &raw mut status, 0) };
+    ensure!(got == child, "waitpid failed");
+    ensure!(
+        libc::WIFEXITED(status),
+        "the child died, status {status:#x}"
+    );
+    Ok(libc::WEXITSTATUS(status) as u8)
+}
+
+/// Forks a child that runs `body` and is killed once `body` has returned in it. For what a process leaves
+/// behind.
+pub fn killed_child(body: impl FnOnce() -> bool) -> Result<()> {
+    // SAFETY: as in `in_child`.
+    let child = unsafe { libc::fork() };
+    ensure!(child >= 0, "fork failed");
+    if child == 0 {
+        let signal = if body() { libc::SIGKILL } else { libc::SIGTERM };
+        // SAFETY: kills this child.
+        unsafe { libc::raise(signal) };
+        // SAFETY: not reached: SIGTERM's default action ends the child as well.
+        unsafe { libc::_exit(0) };
+    }
+    let mut status = 0;
+    // SAFETY: `status` is ours; the child is ours.
+    let got = unsafe { libc::waitpid(child, &raw mut status, 0) };
+    ensure!(got == child, "waitpid failed");
+    ensure!(
+        libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL,
+        "the child could not do its part, status {status:#x}"
+    );
+    Ok(())
+}
+
+extern "C" fn nothing(_signal: i32) {}
+
+/// Gives SIGALRM a handler that does nothing, and has it sent after so many microseconds, and again.
+pub fn alarm_every(microseconds: i64) {
+    let handler: extern "C" fn(i32) = nothing;
+    // SAFETY: the handler touches nothing.
+    unsafe { libc::signal(libc::SIGALRM, handler as libc::sighandler_t) };
+    let time = libc::timeval {
+        tv_sec: 0,
+        tv_usec: microseconds,
+    };
+    let timer = libc::itimerval {
+        it_interval: time,
+        it_value: time,
+    };
+    // SAFETY: both arguments are valid; the old value is not wanted.
+    unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()) };
+}
+
+/// A request made by a forked child on an inherited descriptor: 0, or the errno.
+pub fn request_in_child(node: &Node, request: u32, argument: u64) -> Result<u8> {
+    in_child(|| match node.raw(request, argument) {
+        Ok(_) => 0,
+        Err(refused) => refused.0 as u8,
+    })
+}

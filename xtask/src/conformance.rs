@@ -1,0 +1,145 @@
+//! `cargo xtask conformance`: the driver's own tests on the emulated PC. The client is one static binary
+//! for the PC's bare initramfs; it opens `/dev/HAX` as any other program does.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use testbed::folder::workspace_root;
+use testbed::{Flavour, Pc, packages};
+
+use crate::module;
+
+const HELP: &str = "usage: cargo xtask conformance [OPTIONS] [FILTER]
+Loads haxm.ko on the emulated PC and runs the cases whose name contains FILTER through /dev/HAX.
+  --cpus N            processors (1)
+  --kernel 6.1|6.12   Debian's kernel (6.1)
+  --verbose           name each case before it runs";
+
+/// The client runs on the emulated PC whatever the host is.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Builds the client in its own target folder and returns the path of the binary.
+///
+/// # Errors
+/// It does not build.
+pub(crate) fn build() -> Result<PathBuf> {
+    // The C library's archive, and a linker.
+    packages::ensure_packages(&["libc6-dev", "gcc"])?;
+    let target_dir = workspace_root().join("target/conformance");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let flags = ["-C", "target-feature=+crt-static", "-C", "strip=symbols"];
+    let status = Command::new(cargo)
+        .current_dir(workspace_root())
+        .args(["build", "--quiet", "--locked", "--release"])
+        .args(["--package", "haxm-conformance", "--target", TARGET])
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
+        .env("CARGO_TARGET_DIR", &target_dir)
+        .env_remove("RUSTFLAGS")
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(status.success(), "the conformance client does not build");
+    Ok(target_dir.join(TARGET).join("release/haxm-conformance"))
+}
+
+/// What the emulated PC does with `/haxm.ko` and `/conformance`: load, probe, run the cases, unload, and
+/// look what the kernel says about it. Exit code 0 if all of it is as it should be.
+pub(crate) fn script(filter: &str, verbose: bool) -> String {
+    let verbose = if verbose {
+        "export CONFORMANCE_VERBOSE=1\n"
+    } else {
+        ""
+    };
+    format!(
+        "{verbose}insmod /haxm.ko || exit 10
+/conformance probe || exit 11
+/conformance run {filter}
+code=$?
+rmmod haxm || {{ echo 'rmmod failed'; code=12; }}
+[ -e /dev/HAX ] && {{ echo '/dev/HAX is still there'; code=13; }}
+ls -d /dev/hax* 2>/dev/null && {{ echo 'device nodes are still there'; code=14; }}
+if dmesg | grep -E 'BUG|WARNING|Oops|Call Trace|scheduling while atomic|possible recursive|\
+bad page|internal error|leak'; then
+  echo 'the kernel complains'; code=15
+fi
+[ $code = 0 ] || dmesg | grep haxm | tail -20
+exit $code
+"
+    )
+}
+
+/// The PC with the files of [`script`].
+pub(crate) fn pc(module: &Path, client: &Path, script: &str) -> Pc {
+    Pc::new()
+        .file("/haxm.ko", module)
+        .file("/conformance", client)
+        .script(script)
+        .timeout(Duration::from_secs(240))
+}
+
+/// Runs the command with the words after its name.
+pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
+    let mut cpus = 1;
+    let mut series = Flavour::default().series().to_owned();
+    let mut filter = String::new();
+    let mut verbose = false;
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        let mut value = || {
+            args.next()
+                .with_context(|| format!("{arg} wants a value\n{HELP}"))
+        };
+        match arg.as_str() {
+            "--help" | "-h" => {
+                println!("{HELP}");
+                return Ok(ExitCode::SUCCESS);
+            }
+            "--cpus" => cpus = value()?.parse()?,
+            "--kernel" => series.clone_from(value()?),
+            "--verbose" => verbose = true,
+            // The filter becomes part of a shell script.
+            word if is_filter(word) && filter.is_empty() => word.clone_into(&mut filter),
+            _ => bail!("cannot make sense of '{arg}'\n{HELP}"),
+        }
+    }
+    let built = module::build(&series)?;
+    let client = build()?;
+    // Without local symbols it is inserted far quicker (see the test machine's README).
+    let stripped = built.with_extension("stripped.ko");
+    let mut strip = Command::new("strip");
+    strip
+        .args(["--strip-unneeded", "-o"])
+        .arg(&stripped)
+        .arg(&built);
+    testbed::command::output(&mut strip)?;
+    let outcome = pc(&stripped, &client, &script(&filter, verbose))
+        .cpus(cpus)
+        .kernel(Flavour::from_series(&series)?)
+        .run(&mut io::stdout())?;
+    eprintln!("conformance: {outcome}");
+    Ok(if outcome.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn is_filter(word: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "_/".contains(c);
+    !word.is_empty() && word.chars().all(fits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_that_mean_nothing_are_refused() {
+        assert!(run(&["--cpu".to_owned()]).is_err());
+        assert!(run(&["--cpus".to_owned()]).is_err());
+        assert!(run(&["pio; reboot".to_owned()]).is_err());
+        assert!(run(&["pio".to_owned(), "hlt".to_owned()]).is_err());
+    }
+}
