@@ -351,3 +351,29 @@ fn division_errors_change_nothing() {
         assert_eq!((fake.gpr, fake.rip), (before, 0x1000));
     }
 }
+
+#[test]
+fn pop_addresses_its_operand_with_the_new_stack_pointer() {
+    // pop qword [rsp + 8]
+    let mut fake = machine(Mode::Bits64);
+    fake.poke(PAGE, &0x1234u64.to_le_bytes());
+    assert_eq!(
+        run(&mut fake, Mode::Bits64, &[0x8f, 0x44, 0x24, 8]),
+        Step::Done
+    );
+    assert_eq!(fake.peek64(PAGE + 16), 0x1234);
+    assert_eq!(fake.gpr[Gpr::Rsp.number()], PAGE + 8);
+    // pop word [esp] on a 16-bit stack that wraps: SP goes from fffe to 0, the
+    // rest of ESP stays.
+    let mut fake = machine(Mode::Bits16);
+    fake.map(0xf000, Kind::Ram);
+    fake.map(0x2_0000, Kind::Ram);
+    fake.gpr[Gpr::Rsp.number()] = 0x2_fffe;
+    fake.poke(0xfffe, &[0x78, 0x56]);
+    assert_eq!(
+        run(&mut fake, Mode::Bits16, &[0x67, 0x8f, 0x04, 0x24]),
+        Step::Done
+    );
+    assert_eq!(fake.peek(0x2_0000, 2), [0x78, 0x56]);
+    assert_eq!(fake.gpr[Gpr::Rsp.number()], 0x2_0000);
+}

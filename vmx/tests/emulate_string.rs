@@ -394,3 +394,24 @@ fn addresses_wrap_at_their_size() {
     assert_eq!(fake.peek(0, 1), [0x77]);
     assert_eq!(get(&fake), (0, 0x1234_0001, 0x9999_0000));
 }
+
+#[test]
+fn a_batch_does_not_reach_past_offset_zero() {
+    // addr32 rep outsb gs:[esi] downwards: below offset 0 lies offset 2^32 - 1.
+    let mut fake = machine(Kind::Ram, Kind::Ram);
+    fake.gpr[Gpr::Rdx.number()] = u64::from(PORT);
+    fake.segments[5].base = SOURCE + 0x800;
+    fake.rflags |= DF;
+    set(&mut fake, 2, 0, 8);
+    let code = insn(&[0x65, 0x67, 0xf3, 0x6e]);
+    let mut log = MmioLog::new();
+    for left in [8, 7, 6] {
+        let step = execute(&code, &mut fake, &mut log);
+        assert!(matches!(step, Step::Out { count: 1, .. }), "{step:?}");
+        assert_eq!(get(&fake).2, left);
+        log.answer(0);
+    }
+    let beyond = SOURCE + 0x800 + 0xffff_ffff;
+    let step = execute(&code, &mut fake, &mut log);
+    assert_eq!(step, Step::Fault(Exception::page_fault(0, beyond)));
+}
