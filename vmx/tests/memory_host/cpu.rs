@@ -44,6 +44,7 @@ impl Cpu for NoCpu {
         fn idtr() -> TableRegister;
         fn selectors() -> Selectors;
         fn tr_base() -> u64;
+        #[raw] fn restore_segmentation(gdtr: TableRegister, selectors: &Selectors);
         #[raw] fn xcr0() -> u64;
         #[raw] fn set_xcr0(value: u64);
         #[raw] fn xsave(area: *mut u8, mask: u64);

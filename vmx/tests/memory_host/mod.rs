@@ -177,6 +177,9 @@ unsafe impl Send for Listener {}
 // SAFETY: the target is Sync.
 unsafe impl Sync for Listener {}
 
+/// What happens in the middle of a `fault_in`.
+pub(crate) type Interlude = Box<dyn FnOnce(&FakeHost) + Send>;
+
 /// What a test sees of the machine.
 pub(crate) struct State {
     /// EPT pages handed out, by address.
@@ -187,7 +190,10 @@ pub(crate) struct State {
     pub(crate) contents: Mutex<BTreeMap<u64, Vec<u8>>>,
     listener: RwLock<Option<Listener>>,
     pub(crate) processors: Vec<Processor>,
-    /// Called in the middle of `fault_in`, after the answer is known.
+    /// Called once in the middle of the next `fault_in`, when its answer is
+    /// already known.
+    pub(crate) interlude: Mutex<Option<Interlude>>,
+    /// Times each `fault_in` yields at that point.
     pub(crate) pause: AtomicU64,
 }
 
@@ -203,6 +209,7 @@ impl FakeHost {
             contents: Mutex::default(),
             listener: RwLock::new(None),
             processors: (0..cpus).map(|_| Processor::default()).collect(),
+            interlude: Mutex::default(),
             pause: AtomicU64::new(0),
         }))
     }
@@ -361,6 +368,9 @@ unsafe impl Host for FakeHost {
     unsafe fn set_vmxe(&self, _on: bool) {
         unimplemented!()
     }
+    fn guest_left(&self) {
+        unimplemented!()
+    }
     fn event_pending(&self) -> bool {
         false
     }
@@ -444,6 +454,10 @@ unsafe impl UserSpace for FakeProcess {
         undisturbed(|| {
             assert_eq!(address.0 % PAGE, 0);
             let found = self.0.backing(address.0 / PAGE);
+            let interlude = locked(&self.0.0.interlude).take();
+            if let Some(interlude) = interlude {
+                interlude(&self.0);
+            }
             for _ in 0..self.0.0.pause.load(Ordering::Relaxed) {
                 std::thread::yield_now();
             }

@@ -1,0 +1,627 @@
+//! The memory manager in named situations: what clients do, what HAXM got
+//! wrong, and what the host may do meanwhile.
+// UNSAFETY: installs the global allocator that fails on demand.
+#![allow(unsafe_code)]
+
+mod memory_host;
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use haxm_vmx::Error;
+use haxm_vmx::arch::addr::{Gpa, Hva};
+use haxm_vmx::arch::ept::EptVpidCaps;
+use haxm_vmx::memory::{Access, AccessError, AddressSpace, FaultOutcome, Reserve};
+use memory_host::{Allocator, Backing, FakeHost, PAGE, with_failure};
+
+#[global_allocator]
+static ALLOCATOR: Allocator = Allocator;
+
+const ROM: u32 = 1;
+const STANDALONE: u32 = 0x40;
+const INVALID: u32 = 0x80;
+const MB: u64 = 1 << 20;
+const GB: u64 = 1 << 30;
+
+const ALL: EptVpidCaps = EptVpidCaps::PAGE_2M
+    .union(EptVpidCaps::PAGE_1G)
+    .union(EptVpidCaps::ACCESSED_DIRTY);
+
+fn machine() -> (FakeHost, AddressSpace<FakeHost>) {
+    let host = FakeHost::new(4);
+    let space = AddressSpace::new(&host, ALL, 48).unwrap();
+    (host, space)
+}
+
+/// Backs `size` bytes of the client from `va` with frames from `frame` up.
+fn back(host: &FakeHost, va: u64, size: u64, frame: u64, shift: u32) {
+    for page in 0..size / PAGE {
+        let backing = Backing {
+            frame: frame + page,
+            writable: true,
+            shift,
+        };
+        host.back(va / PAGE + page, backing);
+    }
+}
+
+/// Faults until the answer is final.
+fn fault(space: &AddressSpace<FakeHost>, gpa: u64, access: Access) -> Result<FaultOutcome, Error> {
+    let mut reserve = Reserve::new();
+    for _ in 0..4 {
+        match space.fault(Gpa(gpa), access, &mut reserve) {
+            Ok(FaultOutcome::Retry) => {}
+            other => return other,
+        }
+    }
+    Ok(FaultOutcome::Retry)
+}
+
+/// The frame that the guest reaches at `gpa`, after a fault.
+fn frame_at(host: &FakeHost, space: &AddressSpace<FakeHost>, gpa: u64) -> Option<u64> {
+    match fault(space, gpa, Access::READ) {
+        Ok(FaultOutcome::Mapped) => Some(host.translate(space.eptp(), gpa).unwrap().0),
+        _ => None,
+    }
+}
+
+/// The story this project started from: the Android Emulator maps short-lived
+/// buffers, and the second overlaps the first in the client's memory.
+#[test]
+fn a_standalone_buffer_can_be_mapped_unmapped_and_mapped_from_an_overlapping_one() {
+    let (host, space) = machine();
+    let (gpa, size) = (0x7dffff000, 512 * MB);
+    for (number, hva) in [0x14e070000, 0x14de70000, 0x14e070000]
+        .into_iter()
+        .enumerate()
+    {
+        let frame = 0x100_0000 * (number as u64 + 1);
+        // Only what is touched needs backing.
+        for offset in [0, 256 * MB, size - PAGE] {
+            back(&host, hva + offset, PAGE, frame + offset / PAGE, 12);
+        }
+        space.set_ram(gpa, size, hva, STANDALONE).unwrap();
+        assert_eq!(space.statistics().blocks, 1);
+        for offset in [0, 256 * MB, size - PAGE] {
+            let found = frame_at(&host, &space, gpa + offset);
+            assert_eq!(found, Some(frame + offset / PAGE));
+        }
+        // Both ends belong to the buffer, and nothing beyond them.
+        assert_eq!(
+            fault(&space, gpa - PAGE, Access::READ),
+            Ok(FaultOutcome::Mmio)
+        );
+        assert_eq!(
+            fault(&space, gpa + size, Access::READ),
+            Ok(FaultOutcome::Mmio)
+        );
+        space.set_ram(gpa, size, 0, INVALID).unwrap();
+        let after = space.statistics();
+        assert_eq!((after.blocks, after.slots, after.tables), (0, 0, 1));
+        assert_eq!(fault(&space, gpa, Access::WRITE), Ok(FaultOutcome::Mmio));
+    }
+    drop(space);
+    assert_eq!(host.pages(), 0);
+}
+
+#[test]
+fn a_standalone_block_lives_as_long_as_a_slot_uses_it() {
+    let (_host, space) = machine();
+    let (gpa, va) = (0x10_0000, 0x4000_0000);
+    space.set_ram(gpa, 16 * PAGE, va, STANDALONE).unwrap();
+    // The same memory cannot be a block twice.
+    let again = space.set_ram(4 * GB, 16 * PAGE, va, STANDALONE);
+    assert_eq!(again, Err(Error::Invalid));
+    assert_eq!(
+        space.add_ram_block(Hva(va + PAGE), PAGE),
+        Err(Error::Invalid)
+    );
+    // An ordinary mapping may point into it and keeps it.
+    space.set_ram(GB, PAGE, va + 4 * PAGE, 0).unwrap();
+    // A hole in the middle makes two slots of one.
+    space.set_ram(gpa + 4 * PAGE, PAGE, 0, INVALID).unwrap();
+    assert_eq!(space.statistics().slots, 3);
+    space.set_ram(gpa, 16 * PAGE, 0, INVALID).unwrap();
+    assert_eq!(space.statistics().blocks, 1);
+    space.set_ram(GB, PAGE, 0, INVALID).unwrap();
+    assert_eq!(space.statistics().blocks, 0);
+    space.add_ram_block(Hva(va + PAGE), PAGE).unwrap();
+    // Two blocks side by side do not become one slot.
+    space.set_ram(gpa, PAGE, va + 2 * PAGE, STANDALONE).unwrap();
+    space
+        .set_ram(gpa + PAGE, PAGE, va + 3 * PAGE, STANDALONE)
+        .unwrap();
+    assert_eq!(space.statistics().slots, 2);
+}
+
+#[test]
+fn an_ordinary_block_stays_when_its_last_slot_goes() {
+    let (_host, space) = machine();
+    space.add_ram_block(Hva(GB), MB).unwrap();
+    space.set_ram(0, MB, GB, 0).unwrap();
+    space.set_ram(0, MB, 0, INVALID).unwrap();
+    space.set_ram(0, MB, GB, 0).unwrap();
+    // Unmapping what was never mapped is no error.
+    space.set_ram(GB, MB, 0, INVALID).unwrap();
+}
+
+/// HAXM kept the old buffer when a mapped range was mapped to another.
+#[test]
+fn a_remap_takes_effect() {
+    let (host, space) = machine();
+    let (old, new) = (GB, 2 * GB);
+    back(&host, old, MB, 0x1000, 12);
+    back(&host, new, MB, 0x8000, 12);
+    space.add_ram_block(Hva(old), MB).unwrap();
+    space.add_ram_block(Hva(new), MB).unwrap();
+    space.set_ram(0, MB, old, 0).unwrap();
+    assert_eq!(frame_at(&host, &space, 5 * PAGE), Some(0x1005));
+    space.set_ram(0, MB, new, 0).unwrap();
+    assert_eq!(frame_at(&host, &space, 5 * PAGE), Some(0x8005));
+    // Shifted within the same buffer.
+    space.set_ram(0, MB / 2, new + 8 * PAGE, 0).unwrap();
+    assert_eq!(frame_at(&host, &space, 5 * PAGE), Some(0x800d));
+    // Back to stand-alone memory, whose block is new.
+    back(&host, 3 * GB, PAGE, 0x9000, 12);
+    space.set_ram(5 * PAGE, PAGE, 3 * GB, STANDALONE).unwrap();
+    assert_eq!(frame_at(&host, &space, 5 * PAGE), Some(0x9000));
+    assert_eq!(frame_at(&host, &space, 4 * PAGE), Some(0x800c));
+}
+
+#[test]
+fn a_write_to_rom_is_for_the_device_whatever_made_the_mapping() {
+    let (host, space) = machine();
+    back(&host, GB, MB, 0x1000, 12);
+    for flags in [ROM, ROM | STANDALONE] {
+        if flags == ROM {
+            space.add_ram_block(Hva(GB), PAGE).unwrap();
+            space.set_ram(0, PAGE, GB, flags).unwrap();
+        } else {
+            space.set_ram(0, PAGE, GB + PAGE, flags).unwrap();
+        }
+        assert_eq!(fault(&space, 8, Access::FETCH), Ok(FaultOutcome::Mapped));
+        assert_eq!(fault(&space, 8, Access::WRITE), Ok(FaultOutcome::RomWrite));
+        assert_eq!(
+            space.write(Gpa(8), &[1]),
+            Err(AccessError::RomWrite(Gpa(8)))
+        );
+        assert_eq!(space.read(Gpa(8), &mut [0; 4]), Ok(()));
+    }
+}
+
+#[test]
+fn hostile_arguments_are_refused() {
+    let (_host, space) = machine();
+    space.add_ram_block(Hva(GB), MB).unwrap();
+    let top = 1u64 << 48;
+    for (gpa, size, va, flags) in [
+        (0, MB, GB, 2),
+        (0, MB, GB, 0x100),
+        (0, MB, 0, 0),
+        (0, 0, GB, 0),
+        (1, MB, GB, 0),
+        (0, MB - 1, GB, 0),
+        (0, PAGE, GB + 8, 0),
+        (0, MB + PAGE, GB, 0),
+        (0, 2 * PAGE, GB + MB - PAGE, 0),
+        (0, MB, 2 * GB, 0),
+        (0, MB, GB, INVALID),
+        (0, MB, 0, INVALID | STANDALONE),
+        (0, MB, 0, INVALID | ROM),
+        (top - PAGE, 2 * PAGE, GB, 0),
+        (top, PAGE, 0, INVALID),
+        (u64::MAX - PAGE + 1, PAGE, GB, 0),
+        (PAGE, u64::MAX - PAGE + 1, GB, 0),
+        (0, 2 * PAGE, u64::MAX - PAGE + 1, STANDALONE),
+    ] {
+        let result = space.set_ram(gpa, size, va, flags);
+        assert_eq!(
+            result,
+            Err(Error::Invalid),
+            "{gpa:#x} {size:#x} {va:#x} {flags:#x}"
+        );
+    }
+    for (start, size) in [
+        (0, MB),
+        (GB, 0),
+        (GB + 1, MB),
+        (3 * GB, 1),
+        (GB - MB, MB + PAGE),
+        (u64::MAX - PAGE + 1, 2 * PAGE),
+    ] {
+        let result = space.add_ram_block(Hva(start), size);
+        assert_eq!(result, Err(Error::Invalid), "{start:#x} {size:#x}");
+    }
+    // Nothing named yet, so nothing to protect.
+    assert_eq!(space.protect_ram(0, PAGE, 0), Err(Error::Invalid));
+    space.set_ram(0, MB, GB, 0).unwrap();
+    for (gpa, size, flags) in [
+        (0, 0, 0),
+        (0, PAGE, 1),
+        (0, PAGE, 6),
+        (1, PAGE, 0),
+        (0, PAGE + 1, 0),
+        (MB, PAGE, 0),
+        (PAGE, u64::MAX - PAGE + 1, 0),
+    ] {
+        let result = space.protect_ram(gpa, size, flags);
+        assert_eq!(result, Err(Error::Invalid), "{gpa:#x} {size:#x} {flags}");
+    }
+    // The bits above the permissions mean nothing.
+    assert_eq!(space.protect_ram(0, PAGE, 0x10), Ok(()));
+    assert_eq!(space.statistics().protected_ranges, 1);
+}
+
+/// Snapshot loading on demand: protect everything, then open group by group.
+#[test]
+fn protection_works_in_groups_of_two_megabytes() {
+    let (host, space) = machine();
+    back(&host, GB, 8 * MB, 0x1000, 12);
+    space.add_ram_block(Hva(GB), 8 * MB).unwrap();
+    space.set_ram(0, 8 * MB, GB, 0).unwrap();
+    assert!(frame_at(&host, &space, 3 * MB).is_some());
+    space.protect_ram(0, 8 * MB, 0).unwrap();
+    assert_eq!(space.statistics().protected_ranges, 1);
+    assert_eq!(space.statistics().tables, 1);
+    let blocked = |first| Ok(FaultOutcome::Protected { gpa: Gpa(first) });
+    assert_eq!(fault(&space, 3 * MB, Access::READ), blocked(2 * MB));
+    assert_eq!(
+        space.read(Gpa(3 * MB), &mut [0; 8]),
+        Err(AccessError::Protected(Gpa(2 * MB)))
+    );
+    space.protect_ram(2 * MB, 2 * MB, 7).unwrap();
+    assert_eq!(
+        fault(&space, 3 * MB, Access::WRITE),
+        Ok(FaultOutcome::Mapped)
+    );
+    assert_eq!(fault(&space, 4 * MB, Access::WRITE), blocked(4 * MB));
+    // One page left protected holds up its whole group.
+    space.protect_ram(4 * MB, 2 * MB, 7).unwrap();
+    space.protect_ram(5 * MB, PAGE, 0).unwrap();
+    assert_eq!(fault(&space, 4 * MB, Access::FETCH), blocked(5 * MB));
+    space.protect_ram(0, 8 * MB, 7).unwrap();
+    assert_eq!(space.statistics().protected_ranges, 0);
+    assert_eq!(
+        fault(&space, 4 * MB, Access::FETCH),
+        Ok(FaultOutcome::Mapped)
+    );
+}
+
+#[test]
+fn leaves_are_as_large_as_host_processor_and_slot_allow() {
+    for (caps, expected) in [
+        (ALL, [0, 0, 1]),
+        (EptVpidCaps::PAGE_2M, [0, 1, 0]),
+        (EptVpidCaps::empty(), [1, 0, 0]),
+    ] {
+        let host = FakeHost::new(1);
+        let space = AddressSpace::new(&host, caps, 48).unwrap();
+        // One touched page is all that the test needs backed.
+        let page = 0x12345;
+        let backing = Backing {
+            frame: 0x4_0000 * 9 + page,
+            writable: true,
+            shift: 30,
+        };
+        host.back(GB / PAGE * 3 + page, backing);
+        space.add_ram_block(Hva(3 * GB), GB).unwrap();
+        space.set_ram(5 * GB, GB, 3 * GB, 0).unwrap();
+        let found = frame_at(&host, &space, 5 * GB + page * PAGE);
+        assert_eq!(found, Some(backing.frame));
+        assert_eq!(space.statistics().leaves, expected);
+        // A slot that is off by a page cannot have a large leaf.
+        space.set_ram(5 * GB, GB - PAGE, 3 * GB + PAGE, 0).unwrap();
+        let found = frame_at(&host, &space, 5 * GB + (page - 1) * PAGE);
+        assert_eq!(found, Some(backing.frame));
+        assert_eq!(space.statistics().leaves, [1, 0, 0]);
+    }
+}
+
+#[test]
+fn a_large_leaf_gives_way_to_small_ones_and_comes_back() {
+    let (host, space) = machine();
+    let large = |frame: u64| {
+        move |page: u64| Backing {
+            frame: frame + page,
+            writable: true,
+            shift: 21,
+        }
+    };
+    back(&host, GB, 4 * MB, 0x10_0000, 21);
+    space.add_ram_block(Hva(GB), 4 * MB).unwrap();
+    space.set_ram(0, 4 * MB, GB, 0).unwrap();
+    frame_at(&host, &space, MB).unwrap();
+    assert_eq!(space.statistics().leaves, [0, 1, 0]);
+    // One page becomes ROM: the rest is mapped by small leaves.
+    space.set_ram(PAGE, PAGE, GB + PAGE, ROM).unwrap();
+    frame_at(&host, &space, PAGE).unwrap();
+    frame_at(&host, &space, MB).unwrap();
+    assert_eq!(space.statistics().leaves, [2, 0, 0]);
+    // RAM again: a fault finds that a large leaf will do, and takes the small
+    // ones away.
+    space.set_ram(PAGE, PAGE, GB + PAGE, 0).unwrap();
+    assert_eq!(space.statistics().slots, 1);
+    frame_at(&host, &space, 7 * PAGE).unwrap();
+    assert_eq!(space.statistics().leaves, [0, 1, 0]);
+    assert_eq!(space.statistics().tables, 3);
+    // The host takes one page out of the middle (MADV_DONTNEED).
+    let first = GB / PAGE;
+    host.change(first + 9, first + 10, |process| {
+        for page in 0..512 {
+            process.get_mut(&(first + page)).unwrap().shift = 12;
+        }
+        process.get_mut(&(first + 9)).unwrap().frame = 0x77;
+    });
+    assert_eq!(space.statistics().tables, 1);
+    assert_eq!(frame_at(&host, &space, 9 * PAGE), Some(0x77));
+    assert_eq!(frame_at(&host, &space, 8 * PAGE), Some(0x10_0008));
+    // It makes one piece of it again (khugepaged).
+    host.change(first, first + 512, |process| {
+        let new = large(0x20_0000);
+        for page in 0..512 {
+            process.insert(first + page, new(page));
+        }
+    });
+    assert_eq!(frame_at(&host, &space, 9 * PAGE), Some(0x20_0009));
+    assert_eq!(space.statistics().leaves, [0, 1, 0]);
+}
+
+#[test]
+fn what_changed_during_a_fault_is_not_mapped() {
+    let (host, space) = machine();
+    back(&host, GB, 2 * MB, 0x10_0000, 21);
+    space.add_ram_block(Hva(GB), 4 * MB).unwrap();
+    space.set_ram(0, 2 * MB, GB, 0).unwrap();
+    let first = GB / PAGE;
+    let mut reserve = Reserve::new();
+    let mut try_fault = |interlude: memory_host::Interlude| {
+        *host.0.interlude.lock().unwrap() = Some(interlude);
+        let outcome = space.fault(Gpa(PAGE), Access::READ, &mut reserve).unwrap();
+        (outcome, host.translate(space.eptp(), PAGE))
+    };
+    // The page moves after the host has said where it is.
+    let moved = try_fault(Box::new(move |host| {
+        host.change(first + 1, first + 2, |process| {
+            process.get_mut(&(first + 1)).unwrap().frame = 0x99;
+            process.get_mut(&(first + 1)).unwrap().shift = 12;
+        });
+    }));
+    assert_eq!(moved, (FaultOutcome::Retry, None));
+    // It is still moving when the fault comes to its end.
+    let moving = try_fault(Box::new(move |host| {
+        host.report(|listener| listener.begin(Hva((first + 1) * PAGE), Hva((first + 2) * PAGE)));
+    }));
+    assert_eq!(moving, (FaultOutcome::Retry, None));
+    host.report(|listener| listener.end(Hva((first + 1) * PAGE), Hva((first + 2) * PAGE)));
+    assert_eq!(frame_at(&host, &space, PAGE), Some(0x99));
+    // A neighbour is moving: the page may be mapped, but not as a large leaf,
+    // which would reach it.
+    let neighbour = (Hva((first + 9) * PAGE), Hva((first + 10) * PAGE));
+    host.change(first, first + 512, |_| {});
+    *host.0.interlude.lock().unwrap() = Some(Box::new(move |host| {
+        host.report(|listener| listener.begin(neighbour.0, neighbour.1));
+    }));
+    let outcome = space.fault(Gpa(2 * PAGE), Access::READ, &mut reserve);
+    assert_eq!(outcome, Ok(FaultOutcome::Mapped));
+    assert_eq!(space.statistics().leaves, [1, 0, 0]);
+    assert_eq!(host.translate(space.eptp(), 9 * PAGE), None);
+    host.report(|listener| listener.end(neighbour.0, neighbour.1));
+}
+
+/// The client changes the map while a fault is between its two looks at it.
+#[test]
+fn a_slot_that_changed_during_a_fault_is_not_mapped() {
+    let (host, space) = machine();
+    back(&host, GB, MB, 0x1000, 12);
+    space.add_ram_block(Hva(GB), MB).unwrap();
+    let space = std::sync::Arc::new(space);
+    for change in 0..3 {
+        space.set_ram(0, MB, GB, 0).unwrap();
+        let other = space.clone();
+        *host.0.interlude.lock().unwrap() = Some(Box::new(move |_| {
+            match change {
+                0 => other.set_ram(0, MB, 0, INVALID),
+                1 => other.set_ram(0, MB, GB, ROM),
+                _ => other.protect_ram(0, MB, 0),
+            }
+            .unwrap();
+        }));
+        let outcome = space.fault(Gpa(0), Access::WRITE, &mut Reserve::new());
+        assert_eq!(outcome, Ok(FaultOutcome::Retry));
+        assert_eq!(host.translate(space.eptp(), 0), None);
+    }
+}
+
+/// A guest whose page tables are in ROM (coreboot's early ones are) could not
+/// run with the accessed and dirty flags on.
+#[test]
+fn page_tables_in_rom_turn_the_flags_off() {
+    let (host, space) = machine();
+    back(&host, GB, PAGE, 0x1000, 12);
+    space.add_ram_block(Hva(GB), PAGE).unwrap();
+    space.set_ram(0, PAGE, GB, ROM).unwrap();
+    let flags = 1 << 6;
+    assert_ne!(space.eptp() & flags, 0);
+    let before = space.before_entry(0).unwrap().unwrap();
+    space.flushed(0, before);
+    space.after_exit(0);
+    let walk = Access {
+        read: true,
+        walk: true,
+        ..Access::WRITE
+    };
+    // After the first retry the processor does not call it a write any more.
+    let outcome = space.fault(Gpa(8), walk, &mut Reserve::new());
+    assert_eq!(outcome, Ok(FaultOutcome::Retry));
+    assert_eq!(space.eptp() & flags, 0);
+    assert!(
+        space.before_entry(0).unwrap().is_some(),
+        "no flush is asked for"
+    );
+    space.after_exit(0);
+    assert_eq!(fault(&space, 8, Access::READ), Ok(FaultOutcome::Mapped));
+    // The guest's own write is still the device's.
+    assert_eq!(fault(&space, 8, Access::WRITE), Ok(FaultOutcome::RomWrite));
+}
+
+#[test]
+fn only_processors_in_the_guest_are_waited_for() {
+    let (host, space) = machine();
+    back(&host, GB, MB, 0x1000, 12);
+    space.add_ram_block(Hva(GB), MB).unwrap();
+    space.set_ram(0, MB, GB, 0).unwrap();
+    let waits = || -> Vec<usize> {
+        let processors = host.0.processors.iter();
+        processors
+            .map(|p| p.waits.load(Ordering::Relaxed))
+            .collect()
+    };
+    frame_at(&host, &space, 0).unwrap();
+    for cpu in [1, 2] {
+        let flush = space.before_entry(cpu).unwrap().unwrap();
+        space.flushed(cpu, flush);
+    }
+    space.after_exit(1);
+    space.set_ram(0, PAGE, 0, INVALID).unwrap();
+    assert_eq!(waits(), [0, 0, 1, 0]);
+    space.after_exit(2);
+    // Nothing was mapped there, so nothing is flushed.
+    assert!(space.before_entry(2).unwrap().is_some());
+    space.set_ram(GB, MB, 0, INVALID).unwrap();
+    space.set_ram(GB, MB, GB, 0).unwrap();
+    host.change(0, 1, |_| {});
+    assert_eq!(waits(), [0, 0, 1, 0]);
+    space.after_exit(2);
+}
+
+/// Every allocation of every call fails once; nothing changes, nothing leaks.
+#[test]
+fn a_call_that_lacks_memory_changes_nothing() {
+    let host = FakeHost::new(2);
+    let mut fail_in = 0;
+    let space = loop {
+        let (space, failed) = with_failure(Some(fail_in), || AddressSpace::new(&host, ALL, 48));
+        match space {
+            Ok(space) => break space,
+            Err(error) => {
+                assert!(failed && error == Error::NoMemory);
+                assert_eq!(host.pages(), 0);
+            }
+        }
+        fail_in += 1;
+    };
+    assert!(fail_in >= 14, "only {fail_in} allocations");
+    back(&host, GB, MB, 0x1000, 12);
+    space.add_ram_block(Hva(GB), MB).unwrap();
+    space.set_ram(0, MB, GB, 0).unwrap();
+    space.protect_ram(0, MB, 0).unwrap();
+    space.protect_ram(0, MB, 7).unwrap();
+    type Call<'a> = &'a dyn Fn(&AddressSpace<FakeHost>) -> Result<(), Error>;
+    let mapped = |space: &AddressSpace<FakeHost>| {
+        let mut reserve = Reserve::new();
+        space
+            .fault(Gpa(0x5000), Access::WRITE, &mut reserve)
+            .map(|outcome| {
+                assert_eq!(outcome, FaultOutcome::Mapped);
+            })
+    };
+    let calls: [(&str, Call<'_>, u32); 5] = [
+        ("fault", &mapped, 9),
+        (
+            "cut in two",
+            &|space| space.set_ram(0x8000, PAGE, 2 * GB, STANDALONE),
+            5,
+        ),
+        ("unmap", &|space| space.set_ram(0, PAGE, 0, INVALID), 4),
+        (
+            "add block",
+            &|space| space.add_ram_block(Hva(3 * GB), MB),
+            1,
+        ),
+        ("protect", &|space| space.protect_ram(0x6000, PAGE, 0), 1),
+    ];
+    for (name, call, least) in calls {
+        let before = space.statistics();
+        let mut fail_in = 0;
+        loop {
+            let (result, failed) = with_failure(Some(fail_in), || call(&space));
+            if !failed {
+                assert_eq!(result, Ok(()), "{name}");
+                break;
+            }
+            assert_eq!(result, Err(Error::NoMemory), "{name}");
+            assert_eq!(space.statistics(), before, "{name}");
+            assert_eq!(host.pages(), before.tables as usize, "{name}");
+            fail_in += 1;
+        }
+        assert!(fail_in >= least, "{name}: only {fail_in} allocations");
+    }
+    drop(space);
+    assert_eq!(host.pages(), 0);
+}
+
+#[test]
+fn compare_exchange_is_checked_and_exact() {
+    let (host, space) = machine();
+    back(&host, GB, PAGE, 0x1000, 12);
+    space.add_ram_block(Hva(GB), PAGE).unwrap();
+    space.set_ram(0, PAGE, GB, 0).unwrap();
+    space
+        .write(Gpa(8), &0x1122_3344_5566_7788u64.to_le_bytes())
+        .unwrap();
+    assert_eq!(
+        space.compare_exchange(Gpa(8), 4, 0x5566_7788, 0xaabb_ccdd),
+        Ok(0x5566_7788)
+    );
+    assert_eq!(
+        space.compare_exchange(Gpa(8), 8, 1, 2),
+        Ok(0x1122_3344_aabb_ccdd)
+    );
+    let mut bytes = [0; 8];
+    space.read(Gpa(8), &mut bytes).unwrap();
+    assert_eq!(u64::from_le_bytes(bytes), 0x1122_3344_aabb_ccdd);
+    for (gpa, size) in [(9, 8), (8, 3), (8, 0), (8, 16)] {
+        let result = space.compare_exchange(Gpa(gpa), size, 0, 0);
+        assert_eq!(result, Err(AccessError::Host(Error::Invalid)));
+    }
+    let hole = space.compare_exchange(Gpa(PAGE), 8, 0, 0);
+    assert_eq!(hole, Err(AccessError::Mmio(Gpa(PAGE))));
+}
+
+/// Time for one map and unmap with `slots` slots in place, the best of a few.
+fn map_and_unmap(slots: u64) -> Duration {
+    let host = FakeHost::new(1);
+    let space = AddressSpace::new(&host, ALL, 48).unwrap();
+    space
+        .add_ram_block(Hva(GB), 2 * PAGE * (slots + 1))
+        .unwrap();
+    for slot in 0..slots {
+        // Every other page, so that no two slots become one.
+        let offset = slot.wrapping_mul(0x9e37_79b1) % slots * 2 * PAGE;
+        space.set_ram(offset, PAGE, GB + offset, 0).unwrap();
+    }
+    let present = space.statistics().slots as u64;
+    assert!(present > slots / 2);
+    let mut best = Duration::MAX;
+    for round in 0..20 {
+        let start = Instant::now();
+        for i in 0..50 {
+            let offset = (round * 50 + i) * 7919 % slots * 2 * PAGE + PAGE;
+            space.set_ram(offset, PAGE, GB, 0).unwrap();
+            space.set_ram(offset, PAGE, 0, INVALID).unwrap();
+        }
+        best = best.min(start.elapsed());
+    }
+    assert_eq!(space.statistics().slots as u64, present);
+    best / 50
+}
+
+#[test]
+fn a_hundred_thousand_slots_cost_little_more_than_a_hundred() {
+    let few = map_and_unmap(100);
+    let many = map_and_unmap(100_000);
+    assert!(
+        many < few * 8,
+        "{many:?} with 100,000 slots, {few:?} with 100"
+    );
+}
