@@ -20,13 +20,16 @@ fn cargo(folder: &Path, words: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// `cargo fmt --check` over all crates.
+/// `cargo fmt --check` over all crates; names the files it would change.
 pub(crate) fn format() -> Result<()> {
     format_in(&workspace_root())
 }
 
 fn format_in(folder: &Path) -> Result<()> {
-    cargo(folder, &["fmt", "--all", "--check"])
+    cargo(
+        folder,
+        &["fmt", "--all", "--check", "--", "--files-with-diff"],
+    )
 }
 
 /// Clippy over all crates with their tests, and over the kernel object without.
@@ -85,7 +88,10 @@ mod tests {
         let all = ["--workspace", "--all-targets"];
         let good = package("good-clippy", "//! Good.\nfn _f() {}\n");
         assert!(clippy_in(&good, &all).is_ok());
-        let bad = package("bad-clippy", "//! Bad.\nfn _f(a: &u8) -> u8 { a.clone() }\n");
+        let bad = package(
+            "bad-clippy",
+            "//! Bad.\nfn _f(a: &u8) -> u8 { a.clone() }\n",
+        );
         assert!(clippy_in(&bad, &all).is_err());
     }
 }
