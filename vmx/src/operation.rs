@@ -50,6 +50,8 @@ pub struct Operation<H: Host> {
     active: Vec<Active>,
     /// Some VM exists: processors that come online enter VMX operation.
     wanted: AtomicBool,
+    /// VPIDs are in use; without them INVVPID may be #UD.
+    has_vpid: bool,
 }
 
 /// A place in the table of active VMCSs, one per vCPU.
@@ -88,7 +90,19 @@ impl<H: Host> Operation<H> {
             cpus,
             active,
             wanted: AtomicBool::new(false),
+            has_vpid: caps.has_vpid(),
         })
+    }
+
+    /// Drops every EPT and VPID translation of this processor. In VMX operation.
+    fn drop_translations(&self) {
+        let cpu = self.host.cpu();
+        // SAFETY: in VMX operation; VMs exist only with EPT and INVEPT.
+        let _ = unsafe { cpu.invept(InveptKind::All, 0) };
+        if self.has_vpid {
+            // SAFETY: in VMX operation; VPID is used only where INVVPID is.
+            let _ = unsafe { cpu.invvpid(InvvpidKind::All, 0, 0) };
+        }
     }
 
     /// Enters VMX operation on every running processor.
@@ -164,10 +178,7 @@ impl<H: Host> Operation<H> {
         here.ours.store(true, Ordering::SeqCst);
         here.current.store(0, Ordering::SeqCst);
         // A VPID or EPTP may be one that another hypervisor used before.
-        // SAFETY: in VMX operation.
-        let _ = unsafe { cpu.invept(InveptKind::All, 0) };
-        // SAFETY: in VMX operation.
-        let _ = unsafe { cpu.invvpid(InvvpidKind::All, 0, 0) };
+        self.drop_translations();
         Ok(())
     }
 
@@ -312,10 +323,7 @@ impl<H: Host> Operation<H> {
             active.cpu.store(self.host.current_cpu(), Ordering::SeqCst);
         } else {
             // Translations under our EPTP and VPID may be the other hypervisor's.
-            // SAFETY: in VMX operation.
-            let _ = unsafe { cpu.invept(InveptKind::All, 0) };
-            // SAFETY: in VMX operation.
-            let _ = unsafe { cpu.invvpid(InvvpidKind::All, 0, 0) };
+            self.drop_translations();
         }
         Ok(Loan {
             operation: self,
@@ -362,10 +370,7 @@ impl<H: Host> Drop for Loan<'_, H> {
         // hypervisor's VMX operation still stands.
         let _ = unsafe { cpu.vmclear(borrowed.ours) };
         // Translations tagged with our EPTP and VPID must not meet theirs.
-        // SAFETY: in VMX operation.
-        let _ = unsafe { cpu.invept(InveptKind::All, 0) };
-        // SAFETY: in VMX operation.
-        let _ = unsafe { cpu.invvpid(InvvpidKind::All, 0, 0) };
+        self.operation.drop_translations();
         if let Some(theirs) = borrowed.theirs {
             // SAFETY: it was current here when we came.
             let _ = unsafe { cpu.vmptrld(theirs) };

@@ -101,8 +101,14 @@ impl HostState {
     /// Puts back what the exits took. Interrupts are off.
     pub fn restore<H: Host>(&self, host: &H) {
         let cpu = host.cpu();
+        // The host's again by now; loading GS loses it.
+        let kernel_gs = (self.selectors.gs != 0).then(|| read_msr(cpu, msr::IA32_KERNEL_GSBASE));
         // SAFETY: both were read on this processor before the entry.
         unsafe { cpu.restore_segmentation(self.gdtr, &self.selectors) };
+        if let Some(base) = kernel_gs {
+            // SAFETY: the value read just before.
+            unsafe { cpu.wrmsr(msr::IA32_KERNEL_GSBASE, base) };
+        }
         if self.selectors.fs != 0 {
             // SAFETY: the value read before the entry; loading FS lost it.
             unsafe { cpu.wrmsr(msr::IA32_FS_BASE, self.fs_base) };
