@@ -11,7 +11,7 @@ use crate::guest::{ExitInfo, Guest, Stop, msr_field};
 use crate::instructions::error;
 use crate::machine::{Inner, Received, State};
 use crate::profile::Profile;
-use crate::step::InFlight;
+use crate::step::{EXCEPTION, InFlight};
 use crate::vmcs::Vmcs;
 
 /// Where every exit of the simulated world switch returns to.
@@ -214,8 +214,12 @@ fn run(
             }
             return exit;
         }
-        // A hardware exception other than #DB ends the instruction it hit.
-        if info >> 8 & 7 == 3 && info & 0xff != 1 {
+        // A hardware exception ends the instruction it hit; a #DB may come from
+        // elsewhere, unless the instruction was there to raise it.
+        let raised = parked
+            .as_ref()
+            .is_some_and(|flight| flight.step.name == EXCEPTION);
+        if info >> 8 & 7 == 3 && (info & 0xff != 1 || raised) {
             if let Some(flight) = parked.take() {
                 skip(inner, vmcs, flight.rip, flight.step.length);
             }

@@ -638,6 +638,12 @@ impl Guest<'_> {
         self.inner.cores.raise_nmi(self.cpu);
     }
 
+    /// Whether a host interrupt waits at this processor.
+    #[must_use]
+    pub fn host_interrupt_waits(&self) -> bool {
+        self.inner.cores.interrupt_waits(self.cpu)
+    }
+
     /// Waits for a host interrupt to be sent to this processor.
     pub fn wait_for_host_interrupt(&self) {
         self.inner.cores.wait_for_interrupt(self.cpu);

@@ -10,6 +10,7 @@
 //! SDM citations: combined volumes, revision 325462-083US.
 
 mod check;
+pub mod client;
 mod cores;
 mod cpu;
 mod entry;

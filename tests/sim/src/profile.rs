@@ -302,6 +302,27 @@ impl Profile {
         this
     }
 
+    /// A Haswell under a hypervisor that hides EPT, VPID and unrestricted guest.
+    #[must_use]
+    pub fn hidden_ept() -> Self {
+        let mut this = Self::haswell();
+        this.name = "hidden_ept";
+        this.msrs.remove(&0x48c);
+        this.msrs.remove(&0x491);
+        this.msrs.insert(0x48b, 0x0000_104d_0000_0000);
+        this
+    }
+
+    /// A Haswell under a hypervisor that hides VPID: INVVPID is #UD.
+    #[must_use]
+    pub fn no_vpid() -> Self {
+        let mut this = Self::haswell();
+        this.name = "no_vpid";
+        this.msrs.insert(0x48b, 0x0004_77df_0000_0000);
+        this.msrs.insert(0x48c, 0x0000_0000_0633_4141);
+        this
+    }
+
     /// A processor without VMX: no CPUID bit, none of its MSRs.
     #[must_use]
     pub fn no_vmx() -> Self {
@@ -333,9 +354,9 @@ impl Profile {
         this
     }
 
-    /// A processor that insists on control bits nobody has named (pin 8,
-    /// primary 5 is normal but 13 is not, exit 10, entry 8), and whose MISC
-    /// register forbids writes to exit information.
+    /// A processor that insists on control bits nobody has named (pin 8, primary
+    /// 18, exit 16, entry 8), and whose MISC register forbids writes to exit
+    /// information.
     #[must_use]
     pub fn odd_required_bits() -> Self {
         let mut this = Self::haswell();
@@ -361,8 +382,8 @@ impl Profile {
         this
     }
 
-    /// A processor that requires HLT exiting off cannot exist, but one that
-    /// cannot do external-interrupt exiting would be useless: the core must refuse.
+    /// A processor that cannot do external-interrupt exiting: of no use, so the
+    /// core must refuse it.
     #[must_use]
     pub fn no_external_interrupt_exiting() -> Self {
         let mut this = Self::haswell();
@@ -383,6 +404,7 @@ impl Profile {
             Self::skylake_x(),
             Self::no_unrestricted_guest(),
             Self::odd_required_bits(),
+            Self::no_vpid(),
         ]
     }
 

@@ -11,6 +11,9 @@ use crate::cores::thread_id;
 use crate::ept::Access;
 use crate::guest::{Guest, Stop, StringIo};
 
+/// The name of a step that raises an exception.
+pub(crate) const EXCEPTION: &str = "exception";
+
 type Run = Box<dyn FnMut(&mut Guest<'_>) -> Result<(), Stop> + Send>;
 
 /// One instruction of a guest, or one action of a test in its place.
@@ -191,7 +194,7 @@ impl Step {
     #[must_use]
     pub fn exception(vector: u8, error_code: Option<u32>, cr2: u64) -> Self {
         let length = if matches!(vector, 3 | 4) { 1 } else { 2 };
-        Self::new("exception", length, move |_| {
+        Self::new(EXCEPTION, length, move |_| {
             Err(Stop::Fault {
                 vector,
                 error_code,

@@ -138,6 +138,7 @@ impl Process {
     /// (12, 21 or 30); the address is aligned to that.
     #[must_use]
     pub fn map_with(&self, size: u64, shift: u32) -> Hva {
+        let _inside = fault::inside();
         let mut table = self.table();
         let start = table.next.next_multiple_of(1 << shift);
         let end = start + size.next_multiple_of(PAGE);
@@ -223,6 +224,7 @@ impl Process {
     /// # Panics
     /// If it is not mapped.
     pub fn peek(&self, address: Hva, bytes: &mut [u8]) {
+        let _inside = fault::inside();
         self.copy(address, bytes.len(), false, |inner, at, done, len| {
             assert!(inner.state().memory.read(at, &mut bytes[done..done + len]));
         })
@@ -234,6 +236,7 @@ impl Process {
     /// # Panics
     /// If it is not mapped writable.
     pub fn poke(&self, address: Hva, bytes: &[u8]) {
+        let _inside = fault::inside();
         self.copy(address, bytes.len(), true, |inner, at, done, len| {
             assert!(inner.state().memory.write(at, &bytes[done..done + len]));
         })
