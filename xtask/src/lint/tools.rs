@@ -43,7 +43,7 @@ pub(crate) fn clippy() -> Result<()> {
 }
 
 fn clippy_in(folder: &Path, what: &[&str]) -> Result<()> {
-    let words = ["clippy", "--quiet", "--locked"];
+    let words = ["clippy", "--quiet", "--locked", "--keep-going"];
     cargo(
         folder,
         &[&words[..], what, &["--", "-D", "warnings"]].concat(),
