@@ -377,3 +377,32 @@ fn pop_addresses_its_operand_with_the_new_stack_pointer() {
     assert_eq!(fake.peek(0x2_0000, 2), [0x78, 0x56]);
     assert_eq!(fake.gpr[Gpr::Rsp.number()], 0x2_0000);
 }
+
+#[test]
+fn accesses_are_noted_for_data_breakpoints() {
+    let stack = PAGE + 0x1800;
+    // The instruction and what it touches.
+    type Row<'a> = (&'a [u8], &'a [(u64, u8, bool)]);
+    let rows: &[Row<'_>] = &[
+        (LOAD, &[(PAGE, 1, false)]),
+        (STORE, &[(PAGE, 1, true)]),
+        // add [rbx], eax
+        (&[0x01, 0x03], &[(PAGE, 4, true)]),
+        // movups xmm0, [rbx]
+        (&[0x0f, 0x10, 0x03], &[(PAGE, 16, false)]),
+        // push qword [rbx]
+        (&[0xff, 0x33], &[(PAGE, 8, false), (stack - 8, 8, true)]),
+        // movsq
+        (&[0x48, 0xa5], &[(PAGE, 8, false), (stack, 8, true)]),
+        // nop [rbx]
+        (&[0x0f, 0x1f, 0x03], &[]),
+    ];
+    for (code, wanted) in rows {
+        let mut fake = machine(Mode::Bits64);
+        fake.gpr[Gpr::Rsp.number()] = stack;
+        fake.gpr[Gpr::Rsi.number()] = PAGE;
+        fake.gpr[Gpr::Rdi.number()] = stack;
+        assert_eq!(run(&mut fake, Mode::Bits64, code), Step::Done);
+        assert_eq!(fake.noted, *wanted, "{code:02x?}");
+    }
+}

@@ -284,6 +284,15 @@ pub trait Machine {
     /// Copies into the port buffer what user space is to write to the port.
     fn write_port_buffer(&mut self, offset: usize, from: &[u8]);
 
+    /// Told of each range of linear addresses the instruction touches, once its
+    /// translation has succeeded: what a data breakpoint compares with (SDM 3B
+    /// 18.2.4 "Debug Control Register (DR7)"). A replay tells again, and an
+    /// instruction that then faults or waits has told too, so act on it only
+    /// when `execute` returns [`super::Step::Done`] or [`super::Step::Again`].
+    fn note_access(&mut self, linear: u64, len: u8, write: bool) {
+        let _ = (linear, len, write);
+    }
+
     /// Asked between two iterations of a repeated string instruction: should
     /// `execute` return [`super::Step::Again`] so that an interrupt can be
     /// taken?

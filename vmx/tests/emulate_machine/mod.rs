@@ -100,6 +100,8 @@ pub struct Fake {
     pub atomics: u32,
     pub pause: bool,
     pub blocked_page: Option<u64>,
+    /// What the emulator said it touches: address, length, write.
+    pub noted: Vec<(u64, u8, bool)>,
 }
 
 pub fn flat(access: u32) -> SegmentState {
@@ -138,6 +140,7 @@ impl Fake {
             atomics: 0,
             pause: false,
             blocked_page: None,
+            noted: Vec::new(),
         }
     }
 
@@ -349,6 +352,12 @@ impl Machine for Fake {
     }
     fn write_port_buffer(&mut self, offset: usize, from: &[u8]) {
         self.port_buffer[offset..offset + from.len()].copy_from_slice(from);
+    }
+    fn note_access(&mut self, linear: u64, len: u8, write: bool) {
+        let access = (linear, len, write);
+        if !self.noted.contains(&access) {
+            self.noted.push(access);
+        }
     }
     fn should_pause(&self) -> bool {
         self.pause

@@ -68,6 +68,8 @@ impl<M: Machine> Run<'_, M> {
         let linear = self.linear(seg, offset, size, intent)?;
         let span = self.span(linear, size, intent)?;
         self.check_alignment(linear, size)?;
+        self.machine
+            .note_access(linear, size, intent != Intent::Read);
         Ok(span)
     }
 
