@@ -17,6 +17,9 @@ pub const ENVIRONMENT: &str = "HAXM_TESTBED_BOCHS";
 const TARBALL: &str = "bochs_3.0+dfsg.orig.tar.xz";
 const SHA256: &str = "78f6c73d4a6472d5130a87ab9dc306d02c7c71ed8e25b3a8ef642e2a7acd282b";
 
+/// Without it a guest that has interrupts masked when it is entered is never interrupted: see the patch.
+const EXTERNAL_INTERRUPT: &str = include_str!("../patches/bochs-external-interrupt.patch");
+
 /// No debugger, no plugins, no window: twice as quick as a distribution's build.
 const CONFIGURE: &[&str] = &[
     "CFLAGS=-O2 -pipe",
@@ -89,7 +92,7 @@ impl Bochs {
 
 fn own(work: &WorkFolder) -> Result<Bochs> {
     let mut recipe = CONFIGURE.to_vec();
-    recipe.extend([TARBALL, SHA256, "1"]);
+    recipe.extend([TARBALL, SHA256, EXTERNAL_INTERRUPT, "1"]);
     let name = format!("bochs-3.0-{}", key(&recipe));
     let folder = work.once(&name, |dir| {
         // Kept when interrupted, so that make goes on where it was.
@@ -139,10 +142,24 @@ fn unpack_and_configure(work: &WorkFolder, source: &Path) -> Result<()> {
         .arg("-C")
         .arg(&part);
     command::output(&mut tar)?;
+    apply(EXTERNAL_INTERRUPT, &part)?;
     let mut configure = Command::new("./configure");
     configure.args(CONFIGURE).current_dir(&part);
     command::logged(&mut configure, &work.path("bochs-configure.log"))?;
     Ok(fs::rename(&part, source)?)
+}
+
+/// Applies a patch of ours to a source tree. The tarball's hash is known, so it fits.
+fn apply(patch: &str, source: &Path) -> Result<()> {
+    packages::ensure_packages(&["patch"])?;
+    let file = source.join("haxm.patch");
+    fs::write(&file, patch)?;
+    let mut command = Command::new("patch");
+    command
+        .args(["-p1", "--fuzz=0", "--batch", "-i"])
+        .arg(&file)
+        .current_dir(source);
+    command::output(&mut command).map(drop)
 }
 
 fn debian(work: &WorkFolder) -> Result<Bochs> {
