@@ -6,9 +6,19 @@ use std::fmt;
 #[derive(Clone, PartialEq, Eq)]
 pub enum Exit {
     /// OUT: the bytes in the I/O buffer.
-    Out { port: u16, size: u16, data: Vec<u8>, df: u8 },
+    Out {
+        port: u16,
+        size: u16,
+        data: Vec<u8>,
+        df: u8,
+    },
     /// IN: so many elements are wanted.
-    In { port: u16, size: u16, count: u16, df: u8 },
+    In {
+        port: u16,
+        size: u16,
+        count: u16,
+        df: u8,
+    },
     /// An MMIO read.
     Read { gpa: u64, size: u8 },
     /// An MMIO write.
@@ -36,10 +46,20 @@ pub enum Exit {
 impl fmt::Debug for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Out { port, size, data, df } => {
+            Self::Out {
+                port,
+                size,
+                data,
+                df,
+            } => {
                 write!(f, "OUT {port:#x} size {size} df {df} {data:02x?}")
             }
-            Self::In { port, size, count, df } => {
+            Self::In {
+                port,
+                size,
+                count,
+                df,
+            } => {
                 write!(f, "IN {port:#x} size {size} count {count} df {df}")
             }
             Self::Read { gpa, size } => write!(f, "MMIO read {gpa:#x} size {size}"),

@@ -55,9 +55,7 @@ pub fn prepare(vcpu: &Vcpu, mode: Mode) -> Result<()> {
     } else {
         0
     };
-    let done = vcpu
-        .set_msrs(&[(modes::EFER, efer)])
-        .context("SET_MSRS")?;
+    let done = vcpu.set_msrs(&[(modes::EFER, efer)]).context("SET_MSRS")?;
     ensure!(done == 1, "SET_MSRS refused EFER {efer:#x}");
     Ok(())
 }
@@ -151,7 +149,8 @@ pub fn run(vcpu: &Vcpu, mode: Mode, ram: &Ram) -> Result<Exit> {
 /// As [`Machine::expect`].
 pub fn expect(vcpu: &Vcpu, mode: Mode, ram: &Ram, steps: &[Step]) -> Result<()> {
     for (index, step) in steps.iter().enumerate() {
-        let exit = run(vcpu, mode, ram).with_context(|| format!("exit {index}: {:?}", step.exit))?;
+        let exit =
+            run(vcpu, mode, ram).with_context(|| format!("exit {index}: {:?}", step.exit))?;
         if exit != step.exit {
             let state = vcpu.regs()?;
             bail!(

@@ -88,7 +88,11 @@ fn run(filter: &str) -> ExitCode {
     let mut current = String::new();
     let report = |name: &str, count: &Count| {
         if !name.is_empty() {
-            println!("{name}: {} of {}", count.passed, count.passed + count.failed);
+            println!(
+                "{name}: {} of {}",
+                count.passed,
+                count.passed + count.failed
+            );
         }
     };
     each(filter, |name, case, attempt| {
@@ -117,7 +121,10 @@ fn run(filter: &str) -> ExitCode {
         }
     });
     report(&current, &group);
-    println!("in {:.1} s of the machine's time", start.elapsed().as_secs_f64());
+    println!(
+        "in {:.1} s of the machine's time",
+        start.elapsed().as_secs_f64()
+    );
     println!("{} passed, {} failed", total.passed, total.failed);
     // No case at all is a wrong filter, not a success.
     if total.failed != 0 || total.passed == 0 {

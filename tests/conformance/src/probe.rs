@@ -66,7 +66,11 @@ fn tell() -> anyhow::Result<bool> {
         println!("capabilities 0x{:x}: {}", info.winfo, names(&capabilities));
     } else {
         let reasons = FailReasons::from_bits_retain(info.winfo);
-        println!("not working, reasons 0x{:x}: {}", info.winfo, names(&reasons));
+        println!(
+            "not working, reasons 0x{:x}: {}",
+            info.winfo,
+            names(&reasons)
+        );
     }
     if status.contains(WorkStatus::MEMQUOTA) {
         println!("memory quota 0x{:x} bytes", info.mem_quota);

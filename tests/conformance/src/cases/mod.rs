@@ -26,7 +26,9 @@ macro_rules! case {
 }
 
 mod hlt;
+mod mmio;
 mod pio;
+mod string_io;
 
 use crate::modes::Mode;
 
@@ -59,6 +61,14 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "pio",
         cases: pio::CASES,
+    },
+    Group {
+        name: "string_io",
+        cases: string_io::CASES,
+    },
+    Group {
+        name: "mmio",
+        cases: mmio::CASES,
     },
     Group {
         name: "hlt",

@@ -89,7 +89,12 @@ fn in_keeps_the_rest_of_rax(mode: Mode) -> Outcome {
         "mov rax, -1", "in ax, 0x10", "mov rcx, rax",
         "mov rax, -1", "in eax, 0x10", "hlt");
     let machine = Machine::new(mode, code)?;
-    machine.expect(&[input(0x10, 1, 0), input(0x10, 2, 0), input(0x10, 4, 0), halt()])?;
+    machine.expect(&[
+        input(0x10, 1, 0),
+        input(0x10, 2, 0),
+        input(0x10, 4, 0),
+        halt(),
+    ])?;
     let state = machine.regs()?;
     same!(state.rbx, 0xffff_ffff_ffff_ff00, "IN AL");
     same!(state.rcx, 0xffff_ffff_ffff_0000, "IN AX");
@@ -158,7 +163,11 @@ fn client_spoils_the_tunnel(mode: Mode) -> Outcome {
         machine.expect(&[input(0x70, 1, 0x55)])?;
         machine.vcpu.tunnel.spoil_io(byte);
         machine.expect(&[halt()])?;
-        same!(machine.regs()?.rax, 0x11223355, "RAX, tunnel full of {byte:#x}");
+        same!(
+            machine.regs()?.rax,
+            0x11223355,
+            "RAX, tunnel full of {byte:#x}"
+        );
     }
     Ok(())
 }
