@@ -294,7 +294,7 @@ impl Bench {
             1 => 1 + random.below(GROUP),
             _ => 1 + random.below(3 * GROUP),
         };
-        if random.one_in(3) {
+        if random.one_in(2) {
             start = start / GROUP * GROUP;
             length = length.next_multiple_of(GROUP);
         }
@@ -317,7 +317,7 @@ impl Bench {
         let random = &mut self.random;
         let page = CLIENT_FIRST + random.below(CLIENT_PAGES);
         let mut va = page * PAGE;
-        if random.one_in(2) {
+        if !random.one_in(3) {
             // Aligned with the guest, so that large leaves are possible.
             va = page / GROUP * GROUP * PAGE + gpa % (GROUP * PAGE);
         }
@@ -348,7 +348,7 @@ impl Bench {
     }
 
     fn step(&mut self) {
-        match self.random.below(20) {
+        match self.random.below(40) {
             0 => {
                 let (_, size) = self.guest_range();
                 let va = self.client_address(0);
@@ -357,7 +357,7 @@ impl Bench {
                     |model| model.add_ram_block(va, size),
                 );
             }
-            1..=5 => {
+            1..=4 => {
                 let (gpa, size) = self.guest_range();
                 let va = self.client_address(gpa);
                 let mut flags =
@@ -370,14 +370,14 @@ impl Bench {
                     |model| model.set_ram(gpa, size, va, flags),
                 );
             }
-            6 | 7 => {
+            5 => {
                 let (gpa, size) = self.guest_range();
                 self.call(
                     |space| space.set_ram(gpa, size, 0, INVALID),
                     |model| model.set_ram(gpa, size, 0, INVALID),
                 );
             }
-            8 => {
+            6 => {
                 let (gpa, size) = self.guest_range();
                 let flags = if self.random.one_in(10) {
                     3
@@ -389,19 +389,19 @@ impl Bench {
                     |model| model.protect_ram(gpa, size, flags),
                 );
             }
-            9 => {
+            7 | 8 => {
                 self.call(
-                    |space| space.protect_ram(0, GUEST_PAGES / 2 * PAGE, 7),
-                    |model| model.protect_ram(0, GUEST_PAGES / 2 * PAGE, 7),
+                    |space| space.protect_ram(0, GUEST_PAGES * PAGE, 7),
+                    |model| model.protect_ram(0, GUEST_PAGES * PAGE, 7),
                 );
             }
-            10 => self.change_page(),
-            11 => {
+            9 => self.change_page(),
+            10..=12 => {
                 let piece = self.random.below(CLIENT_PAGES / GROUP);
                 let large = !self.random.one_in(3);
                 self.back_piece(piece, large);
             }
-            12 => self.copy(),
+            13 => self.copy(),
             _ => self.touch(),
         }
     }
@@ -598,7 +598,7 @@ fn run(sequences: u64, operations: u64, seed: u64) -> (u64, u64) {
             if operation % 8 == 0 {
                 bench.check_counts();
             }
-            if operation % 128 == 0 {
+            if operation % 64 == 63 {
                 bench.check_all();
                 large += bench.space.statistics().leaves[1];
             }

@@ -5,7 +5,8 @@
 
 mod memory_host;
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use haxm_vmx::Error;
@@ -414,7 +415,7 @@ fn a_slot_that_changed_during_a_fault_is_not_mapped() {
     let (host, space) = machine();
     back(&host, GB, MB, 0x1000, 12);
     space.add_ram_block(Hva(GB), MB).unwrap();
-    let space = std::sync::Arc::new(space);
+    let space = Arc::new(space);
     for change in 0..3 {
         space.set_ram(0, MB, GB, 0).unwrap();
         let other = space.clone();
@@ -558,6 +559,41 @@ fn a_call_that_lacks_memory_changes_nothing() {
     }
     drop(space);
     assert_eq!(host.pages(), 0);
+}
+
+/// The kernel is in the middle of a copy to a buffer when the client unmaps
+/// it: the client may use the buffer for something else once the call returns.
+#[test]
+fn a_change_waits_for_copies_under_way() {
+    let (host, space) = machine();
+    back(&host, GB, MB, 0x1000, 12);
+    space.add_ram_block(Hva(GB), MB).unwrap();
+    for protect in [false, true] {
+        space.set_ram(0, MB, GB, 0).unwrap();
+        let copying = Arc::new(AtomicBool::new(false));
+        let returned = Arc::new(AtomicBool::new(false));
+        let flags = (copying.clone(), returned.clone());
+        *host.0.copying.lock().unwrap() = Some(Box::new(move |_| {
+            flags.0.store(true, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!flags.1.load(Ordering::SeqCst), "the buffer is gone");
+        }));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !copying.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+                if protect {
+                    space.protect_ram(0, MB, 0).unwrap();
+                } else {
+                    space.set_ram(0, MB, 0, INVALID).unwrap();
+                }
+                returned.store(true, Ordering::SeqCst);
+            });
+            space.write(Gpa(8), &[1, 2, 3]).unwrap();
+        });
+        assert!(returned.load(Ordering::SeqCst));
+    }
 }
 
 #[test]

@@ -193,6 +193,8 @@ pub(crate) struct State {
     /// Called once in the middle of the next `fault_in`, when its answer is
     /// already known.
     pub(crate) interlude: Mutex<Option<Interlude>>,
+    /// Called once at the start of the next copy.
+    pub(crate) copying: Mutex<Option<Interlude>>,
     /// Times each `fault_in` yields at that point.
     pub(crate) pause: AtomicU64,
 }
@@ -210,6 +212,7 @@ impl FakeHost {
             listener: RwLock::new(None),
             processors: (0..cpus).map(|_| Processor::default()).collect(),
             interlude: Mutex::default(),
+            copying: Mutex::default(),
             pause: AtomicU64::new(0),
         }))
     }
@@ -419,6 +422,10 @@ impl FakeProcess {
         each: &mut dyn FnMut(&mut [u8], usize),
     ) -> Result<(), UserFault> {
         undisturbed(|| {
+            let interlude = locked(&self.0.0.copying).take();
+            if let Some(interlude) = interlude {
+                interlude(&self.0);
+            }
             let mut done = 0;
             while done < length {
                 let here = address.0 + done as u64;
