@@ -118,6 +118,12 @@ impl Rig {
         &self.host
     }
 
+    /// The processor that the rig is on.
+    #[must_use]
+    pub fn host_cpu(&self) -> usize {
+        self.host.current_cpu()
+    }
+
     /// The VMXON region.
     ///
     /// # Panics
