@@ -60,8 +60,16 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     };
     let start = Instant::now();
     let parts = setup::everything(options.flavour)?;
-    println!("run: all parts ready after {:.1} s", start.elapsed().as_secs_f64());
-    let outcome = boot(&parts, &options.boot, options.flavour, &mut std::io::stdout())?;
+    println!(
+        "run: all parts ready after {:.1} s",
+        start.elapsed().as_secs_f64()
+    );
+    let outcome = boot(
+        &parts,
+        &options.boot,
+        options.flavour,
+        &mut std::io::stdout(),
+    )?;
     report(&outcome);
     println!("run: {:.1} s in all", start.elapsed().as_secs_f64());
     if passed(&outcome) {
@@ -119,11 +127,17 @@ pub(crate) fn passed(outcome: &Outcome) -> bool {
 fn report(outcome: &Outcome) {
     let tick = |label: &str| {
         let mark = format!("@@TICK {label} ");
-        let line = outcome.serial.lines().find_map(|l| l.trim().strip_prefix(&mark).map(str::to_owned));
+        let line = outcome
+            .serial
+            .lines()
+            .find_map(|l| l.trim().strip_prefix(&mark).map(str::to_owned));
         line.and_then(|n| n.trim().parse::<u64>().ok())
     };
     if let (Some(start), Some(end)) = (tick("start"), tick("end")) {
-        println!("run: QEMU start to exit {} M ticks", (end - start) / 1_000_000);
+        println!(
+            "run: QEMU start to exit {} M ticks",
+            (end - start) / 1_000_000
+        );
     }
     println!(
         "run: {} M ticks in all, {:.1} s of wall time",

@@ -32,6 +32,8 @@ pub struct Guest<H: Host> {
     vcpu_peak: AtomicU32,
     /// What all vCPUs add to the time-stamp counter.
     tsc_offset: AtomicU64,
+    /// IA32_TSC_ADJUST of all vCPUs.
+    tsc_adjust: AtomicU64,
     membership: Membership<H>,
 }
 
@@ -53,6 +55,7 @@ impl<H: Host> Guest<H> {
             vcpus: AtomicU32::new(0),
             vcpu_peak: AtomicU32::new(0),
             tsc_offset: AtomicU64::new(host.cpu().rdtsc().wrapping_neg()),
+            tsc_adjust: AtomicU64::new(0),
             membership,
         })?;
         Ok(guest)
@@ -128,6 +131,16 @@ impl<H: Host> Guest<H> {
     /// Sets it for all vCPUs.
     pub fn set_tsc_offset(&self, offset: u64) {
         self.tsc_offset.store(offset, Ordering::Relaxed);
+    }
+
+    /// IA32_TSC_ADJUST.
+    pub fn tsc_adjust(&self) -> u64 {
+        self.tsc_adjust.load(Ordering::Relaxed)
+    }
+
+    /// Sets it for all vCPUs.
+    pub fn set_tsc_adjust(&self, value: u64) {
+        self.tsc_adjust.store(value, Ordering::Relaxed);
     }
 
     /// Takes a vCPU number.

@@ -93,8 +93,6 @@ pub struct Inner<H: Host> {
     primary: u32,
     /// The TSC offset as the VMCS has it.
     tsc_offset: u64,
-    /// IA32_TSC_ADJUST.
-    tsc_adjust: u64,
     /// The guest's switched registers are in the processor.
     on_loan: bool,
     /// An IN that the client answers before the next RUN: bytes.
@@ -179,7 +177,6 @@ impl<H: Host> Inner<H> {
             launched: false,
             primary: setup::primary(caps).bits(),
             tsc_offset: guest.tsc_offset(),
-            tsc_adjust: 0,
             on_loan: false,
             pending_in: None,
             pdptes_stale: false,

@@ -25,7 +25,7 @@ pub fn read<H: Host>(
             .cpu()
             .rdtsc()
             .wrapping_add(vcpu.guest().tsc_offset()),
-        Msr::TscAdjust => inner.tsc_adjust,
+        Msr::TscAdjust => vcpu.guest().tsc_adjust(),
         Msr::Efer => inner.modes.efer(),
         Msr::FsBase => current.read(field::GUEST_FS_BASE),
         Msr::GsBase => current.read(field::GUEST_GS_BASE),
@@ -61,13 +61,17 @@ pub fn write<H: Host>(
     match home {
         Msr::Tsc => {
             let host = current.cpu().rdtsc();
-            set_counter(vcpu, inner, value.wrapping_sub(host), by_guest);
+            set_counter(vcpu, value.wrapping_sub(host), by_guest);
         }
         Msr::TscAdjust => {
-            let moved = value.wrapping_sub(inner.tsc_adjust);
-            let offset = vcpu.guest().tsc_offset().wrapping_add(moved);
-            set_counter(vcpu, inner, offset, by_guest);
-            inner.tsc_adjust = value;
+            // One register for the whole VM, like the counter: each vCPU of a
+            // guest writes the same value, and the counter moves once.
+            let guest = vcpu.guest();
+            let moved = value.wrapping_sub(guest.tsc_adjust());
+            guest.set_tsc_adjust(value);
+            if by_guest {
+                guest.set_tsc_offset(guest.tsc_offset().wrapping_add(moved));
+            }
         }
         Msr::Efer => {
             inner
@@ -104,15 +108,20 @@ pub fn write<H: Host>(
 /// One counter for the whole VM: what a vCPU's TSC is set to, all have. A
 /// client restores each vCPU's in turn, a little later each time; those that
 /// are near the first are taken for the same moment.
-fn set_counter<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, offset: u64, by_guest: bool) {
+fn set_counter<H: Host>(vcpu: &Vcpu<H>, offset: u64, by_guest: bool) {
     /// Ticks: well over what a client needs between two vCPUs, a third of a
     /// second at 3 GHz.
     const SAME_MOMENT: u64 = 1 << 30;
-    let now = vcpu.guest().tsc_offset();
-    let distance = offset.wrapping_sub(now).min(now.wrapping_sub(offset));
-    if by_guest || vcpu.id() == 0 || distance > SAME_MOMENT {
-        inner.tsc_adjust = inner.tsc_adjust.wrapping_add(offset.wrapping_sub(now));
-        vcpu.guest().set_tsc_offset(offset);
+    let guest = vcpu.guest();
+    let now = guest.tsc_offset();
+    let moved = offset.wrapping_sub(now);
+    let distance = moved.min(moved.wrapping_neg());
+    if by_guest {
+        // SDM 18.17.3 "Time-Stamp Counter Adjustment": IA32_TSC_ADJUST follows.
+        guest.set_tsc_adjust(guest.tsc_adjust().wrapping_add(moved));
+        guest.set_tsc_offset(offset);
+    } else if vcpu.id() == 0 || distance > SAME_MOMENT {
+        guest.set_tsc_offset(offset);
     }
 }
 

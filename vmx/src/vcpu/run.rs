@@ -23,6 +23,10 @@ use crate::arch::reg::{Cr0, Interruptibility, Rflags};
 use crate::host::{Host, Pinned};
 use crate::memory::{Access, FaultOutcome};
 
+/// Exits handled before the processor is given back for a moment: an interrupt
+/// that exits keep from being recognized is then taken at last.
+const EXITS_PER_LOAN: u32 = 4096;
+
 /// Resets the running mark when RUN ends.
 struct Running<'a, H: Host>(&'a Vcpu<H>);
 
@@ -150,8 +154,11 @@ impl<H: Host> Vcpu<H> {
         inner.on_loan = true;
         inner.debug.load(cpu);
         self.on_cpu.store(cpu_number, Ordering::SeqCst);
+        let mut left = EXITS_PER_LOAN;
         let next = loop {
+            left = left.saturating_sub(1);
             match self.once(inner, current, cpu_number) {
+                Next::Resume if left == 0 => break Next::Resume,
                 Next::Resume if current.failure().is_some() => {
                     break handle::lost(inner, "VMCS access failed");
                 }

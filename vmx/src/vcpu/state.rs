@@ -68,11 +68,13 @@ impl SegmentFields {
         current.write(self.rights, rights & RIGHTS_DEFINED);
     }
 
-    /// Writes a code or data segment or LDTR: access rights 0 mean unusable,
-    /// and code or data gets its accessed bit, as loading it would.
+    /// Writes a code or data segment or LDTR. One that is not present is
+    /// unusable: clients lose the unusable bit on the way (QEMU keeps no place
+    /// for it), and a usable segment is always present. Code or data gets its
+    /// accessed bit, as loading it would.
     pub fn write<H: Host>(self, current: &Current<'_, H>, value: &SegmentDesc) {
         let mut rights = AccessRights::from_bits_retain(value.ar);
-        if rights.bits() == 0 {
+        if !rights.contains(AccessRights::PRESENT) {
             rights = AccessRights::UNUSABLE;
         } else if rights.contains(AccessRights::NON_SYSTEM) {
             rights |= AccessRights::ACCESSED;
