@@ -33,10 +33,17 @@ const PAGES: u64 = 2 * GROUP;
 const FRAMES: u64 = 64 * GROUP;
 const FIRST_FRAME: u64 = 1024 * GROUP;
 
-/// A frame's state: 0 is in use; 1 has been given back to the host.
+/// What a processor has cached: frames by guest page, EPT tables by group.
+#[derive(Clone, Default)]
+struct Cached {
+    frames: BTreeMap<u64, u64>,
+    tables: BTreeMap<u64, u64>,
+}
+
 struct World {
     host: FakeHost,
     space: AddressSpace<FakeHost>,
+    /// By frame: the host has it back.
     freed: Vec<AtomicBool>,
     /// Per guest page: no guest may reach it now.
     closed: Vec<AtomicBool>,
@@ -96,8 +103,8 @@ impl World {
     fn vcpu(&self, number: usize) {
         let mut random = Random(number as u64);
         let mut reserve = Reserve::new();
-        let mut tlbs: Vec<BTreeMap<u64, u64>> = vec![BTreeMap::new(); VCPUS + 1];
-        let mut generation = vec![0; VCPUS + 1];
+        let mut tlbs: Vec<Cached> = vec![Cached::default(); VCPUS + 1];
+        let mut generation = [0; VCPUS + 1];
         let mut cpu = number;
         while !self.stop.load(Ordering::Relaxed) {
             if random.one_in(16) {
@@ -135,7 +142,7 @@ impl World {
         &self,
         cpu: usize,
         page: u64,
-        tlb: &mut BTreeMap<u64, u64>,
+        cached: &mut Cached,
         seen: &mut u64,
         random: &mut Random,
     ) -> bool {
@@ -148,7 +155,7 @@ impl World {
         let flushes = self.flush_count(cpu, flush.is_some());
         if *seen != flushes {
             *seen = flushes;
-            tlb.clear();
+            *cached = Cached::default();
         }
         if let Some(flush) = flush {
             self.space.flushed(cpu, flush);
@@ -156,11 +163,20 @@ impl World {
         let mut missing = false;
         for turn in 0..32 {
             let touched = if turn == 0 { page } else { random.below(PAGES) };
-            let frame = tlb.get(&touched).copied().or_else(|| {
-                let (frame, _) = self.host.translate(self.space.eptp(), touched * PAGE)?;
-                tlb.insert(touched, frame);
+            let frame = cached.frames.get(&touched).copied().or_else(|| {
+                let eptp = self.space.eptp();
+                let table = self.host.lowest_table(eptp, touched * PAGE);
+                cached.tables.insert(touched / GROUP, table);
+                let (frame, _) = self.host.translate(eptp, touched * PAGE)?;
+                cached.frames.insert(touched, frame);
                 Some(frame)
             });
+            // A page walk may start from a cached table at any time.
+            let lost = cached
+                .tables
+                .values()
+                .any(|table| !self.host.is_table(*table));
+            self.late.fetch_add(usize::from(lost), Ordering::Relaxed);
             missing |= turn == 0 && frame.is_none();
             if let Some(frame) = frame {
                 let late = self.freed(frame).load(Ordering::SeqCst)

@@ -409,6 +409,22 @@ fn what_changed_during_a_fault_is_not_mapped() {
     host.report(|listener| listener.end(neighbour.0, neighbour.1));
 }
 
+/// A client page that many guest pages are aliases of: one report takes them
+/// all away.
+#[test]
+fn an_invalidation_reaches_every_alias() {
+    let (host, space) = machine();
+    back(&host, GB, PAGE, 0x1000, 12);
+    space.add_ram_block(Hva(GB), PAGE).unwrap();
+    for alias in 0..300 {
+        space.set_ram(2 * alias * PAGE, PAGE, GB, 0).unwrap();
+        assert_eq!(frame_at(&host, &space, 2 * alias * PAGE), Some(0x1000));
+    }
+    assert_eq!(space.statistics().leaves, [300, 0, 0]);
+    host.change(GB / PAGE, GB / PAGE + 1, |_| {});
+    assert_eq!(space.statistics().leaves, [0, 0, 0]);
+}
+
 /// The client changes the map while a fault is between its two looks at it.
 #[test]
 fn a_slot_that_changed_during_a_fault_is_not_mapped() {

@@ -296,3 +296,55 @@ impl Slots {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec::Vec;
+
+    /// All entries of a tree, in order.
+    fn all<T: Span>(tree: &Tree<T>) -> Vec<T> {
+        let mut found = Vec::new();
+        let mut after = None;
+        while let Some(item) = tree.overlap(after, 0, u64::MAX) {
+            after = Some(item.key());
+            found.push(*item);
+        }
+        found
+    }
+
+    /// After any change the second tree has exactly the mirrors of the slots
+    /// in the first, once those of removed slots are forgotten.
+    #[test]
+    fn every_slot_has_its_mirror() {
+        let mut slots = Slots::new();
+        let mut state = 3u64;
+        let mut random = |below: u64| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
+            (state >> 33) % below
+        };
+        for step in 0..4000u64 {
+            let start = random(200) * 4096;
+            let end = start + (1 + random(40)) * 4096;
+            let new = (random(3) > 0).then(|| Slot {
+                start,
+                end,
+                hva: (1000 + random(3) * 500) * 4096 + start * random(2),
+                block: 7,
+                rom: random(3) == 0,
+                id: 0,
+            });
+            let spare = Spare::new([2 * step, 2 * step + 1]).unwrap();
+            let mut left = slots.change(start, end, new, spare);
+            while let Some(node) = left.removed.pop_first() {
+                assert!(slots.forget(&node.item).is_some());
+            }
+            let here = all(&slots.by_gpa);
+            assert!(here.windows(2).all(|pair| pair[0].end <= pair[1].start));
+            assert!(!here.windows(2).any(|pair| pair[0].continues_in(&pair[1])));
+            let mut expected: Vec<_> = here.iter().map(Slot::mirror).collect();
+            expected.sort_by_key(Span::key);
+            assert_eq!(all(&slots.by_hva), expected);
+        }
+    }
+}

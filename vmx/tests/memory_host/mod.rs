@@ -266,6 +266,26 @@ impl FakeHost {
         unsafe { AtomicU64::from_ptr(entry) }.load(Ordering::Acquire)
     }
 
+    /// Whether a page is an EPT page now.
+    pub(crate) fn is_table(&self, page: u64) -> bool {
+        locked(&self.0.pages).contains(&(page as usize))
+    }
+
+    /// The lowest table on the way to a guest-physical address, which the
+    /// processor may cache.
+    pub(crate) fn lowest_table(&self, eptp: u64, gpa: u64) -> u64 {
+        const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+        let mut table = eptp & ADDRESS;
+        for level in (2..=4u32).rev() {
+            let entry = self.entry(table, (gpa >> (12 + 9 * (level - 1))) & 511);
+            if entry & 7 == 0 || entry & 0x80 != 0 {
+                break;
+            }
+            table = entry & ADDRESS;
+        }
+        table
+    }
+
     /// What the processor finds for a guest-physical address: the frame of its
     /// 4 KB page, and the entry.
     pub(crate) fn translate(&self, eptp: u64, gpa: u64) -> Option<(u64, u64)> {
