@@ -186,6 +186,9 @@ impl Bench {
             if let Operand::Mem(mem) = operand {
                 let target = self.target();
                 Self::aim(&mut fake, insn, &mem, insn.address_size, target);
+                if self.rng.one_in(2) && target + 16 <= DATA + DATA_PAGES * 4096 && target >= DATA {
+                    expect_memory(&mut fake, insn.op, target);
+                }
             }
         }
         fake
@@ -295,6 +298,23 @@ impl Bench {
             _ => *self.seen.entry(name).or_default() += 1,
         }
         true
+    }
+}
+
+/// Makes a compare-and-exchange succeed, with junk above what it compares.
+fn expect_memory(fake: &mut Fake, op: Op, target: u64) {
+    let halves = [fake.peek64(target), fake.peek64(target + 8)];
+    match op {
+        Op::Cmpxchg => fake.gpr[Gpr::Rax.number()] = halves[0],
+        Op::CmpxchgPair if target % 32 == 0 => {
+            fake.gpr[Gpr::Rax.number()] = halves[0];
+            fake.gpr[Gpr::Rdx.number()] = halves[1];
+        }
+        Op::CmpxchgPair => {
+            fake.gpr[Gpr::Rax.number()] = halves[0] & 0xffff_ffff | 0x5a << 32;
+            fake.gpr[Gpr::Rdx.number()] = halves[0] >> 32 | 0xa5 << 32;
+        }
+        _ => {}
     }
 }
 

@@ -124,6 +124,14 @@ fn segment_bases() {
     fake.poke(PAGE, &[0x5a]);
     assert_eq!(run(&mut fake, Mode::Bits32, LOAD), Step::Done);
     assert_eq!(fake.gpr[0], 0x5a);
+    // So does the second part of an access.
+    fake.map(0xffff_f000, Kind::Ram);
+    fake.map(0, Kind::Mmio);
+    fake.poke(0xffff_fffe, &[1, 2]);
+    fake.poke(0, &[3, 4]);
+    fake.gpr[Gpr::Rbx.number()] = 0xffe;
+    assert_eq!(run(&mut fake, Mode::Bits32, LOAD_DWORD), Step::Done);
+    assert_eq!(fake.gpr[0], 0x0403_0201);
     // In 64-bit mode only FS and GS have one, and limits and rights do not.
     let mut fake = machine(Mode::Bits64);
     for segment in &mut fake.segments {

@@ -288,7 +288,9 @@ pub trait Machine {
     /// translation has succeeded: what a data breakpoint compares with (SDM 3B
     /// 18.2.4 "Debug Control Register (DR7)"). A replay tells again, and an
     /// instruction that then faults or waits has told too, so act on it only
-    /// when `execute` returns [`super::Step::Done`] or [`super::Step::Again`].
+    /// when `execute` returns [`super::Step::Done`] or [`super::Step::Again`]. To
+    /// stop a repeated instruction after the iteration that matched, answer
+    /// [`Machine::should_pause`] with yes.
     fn note_access(&mut self, linear: u64, len: u8, write: bool) {
         let _ = (linear, len, write);
     }

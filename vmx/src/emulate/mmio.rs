@@ -106,10 +106,7 @@ impl MmioLog {
             return;
         }
         if let Some(entry) = self.entries.get_mut(self.len.wrapping_sub(1)) {
-            entry.value = match entry.size {
-                size @ 1..8 => value & (1u64 << u32::from(size).wrapping_mul(8)).wrapping_sub(1),
-                _ => value,
-            };
+            entry.value = value;
         }
         self.waiting = false;
     }

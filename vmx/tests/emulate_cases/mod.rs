@@ -71,14 +71,23 @@ pub fn flavors(host: &mut Host) -> Vec<Flavor> {
         cs: flat_code,
         ..base
     };
-    let code16 = host.set_descriptor(0, CODE as u32, 0xffff, CONTENTS_CODE);
-    // A data segment that ends in the middle of the second page, one that begins
-    // there, and one that may not be written.
-    let small = host.set_descriptor(1, DATA as u32, 0x17ff, SEG_32BIT);
-    let down = host.set_descriptor(2, DATA as u32, 0x7ff, SEG_32BIT | CONTENTS_EXPAND_DOWN);
-    let down16 = host.set_descriptor(3, DATA as u32, 0x17fe, CONTENTS_EXPAND_DOWN);
-    let fixed = host.set_descriptor(4, DATA as u32, 0xffff, READ_EXEC_ONLY);
-    let data16 = host.set_descriptor(5, DATA as u32, 0xffff, 0);
+    let mut flavors = vec![base, base, base, flat32, flat32];
+    match segmented(host, flat32) {
+        Some(more) => flavors.extend(more),
+        None => eprintln!("no modify_ldt in this kernel: no 16-bit code, no segment limits"),
+    }
+    flavors
+}
+
+/// 16-bit code, and data segments that end in the middle of the second page,
+/// begin there, or may not be written.
+fn segmented(host: &mut Host, flat32: Flavor) -> Option<Vec<Flavor>> {
+    let code16 = host.set_descriptor(0, CODE as u32, 0xffff, CONTENTS_CODE)?;
+    let small = host.set_descriptor(1, DATA as u32, 0x17ff, SEG_32BIT)?;
+    let down = host.set_descriptor(2, DATA as u32, 0x7ff, SEG_32BIT | CONTENTS_EXPAND_DOWN)?;
+    let down16 = host.set_descriptor(3, DATA as u32, 0x17fe, CONTENTS_EXPAND_DOWN)?;
+    let fixed = host.set_descriptor(4, DATA as u32, 0xffff, READ_EXEC_ONLY)?;
+    let data16 = host.set_descriptor(5, DATA as u32, 0xffff, 0)?;
     let small_data = segment(DATA, 0x17ff, 0x40f3);
     let down_data = segment(DATA, 0x7ff, 0x40f7);
     let down16_data = segment(DATA, 0x17fe, 0x00f7);
@@ -102,14 +111,17 @@ pub fn flavors(host: &mut Host) -> Vec<Flavor> {
         cs: segment(CODE, 0xffff, 0x00fb),
         ss: data16_data,
         data: data16_data,
-        ..base
+        ..flat32
     };
-    vec![
-        base,
-        base,
-        base,
-        flat32,
-        flat32,
+    let small_stack = Flavor {
+        selectors: Selectors {
+            ss: small,
+            ..flat16.selectors
+        },
+        ss: small_data,
+        ..flat16
+    };
+    Some(vec![
         with_data(flat32, small, small_data),
         with_data(flat32, down, down_data),
         with_data(flat32, fixed, fixed_data),
@@ -117,15 +129,8 @@ pub fn flavors(host: &mut Host) -> Vec<Flavor> {
         flat16,
         with_data(flat16, down16, down16_data),
         with_data(flat16, small, small_data),
-        Flavor {
-            selectors: Selectors {
-                ss: small,
-                ..flat16.selectors
-            },
-            ss: small_data,
-            ..flat16
-        },
-    ]
+        small_stack,
+    ])
 }
 
 /// Opcodes of every emulated instruction, so that none is rare.

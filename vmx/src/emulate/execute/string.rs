@@ -188,21 +188,18 @@ impl<M: Machine> Run<'_, M> {
             let bytes = count.wrapping_mul(size);
             let back = if down { bytes.wrapping_sub(size) } else { 0 };
             let start = offset.wrapping_sub(back);
-            // A fault, or MMIO, or a wrapped offset: then one at a time, which
+            // A refusal, or MMIO, or a wrapped offset: then one at a time, which
             // finds the element it belongs to.
             if start <= offset {
-                match self.segmented(mem.seg, start, bytes as u8, intent) {
-                    Ok(span) if span.is_ram(intent == Intent::Write) => {
-                        return Ok(Batch {
-                            span,
-                            count,
-                            bytes: bytes as u8,
-                            port,
-                            down,
-                        });
-                    }
-                    Err(Step::Blocked) => return Err(Step::Blocked),
-                    _ => {}
+                let whole = self.segmented(mem.seg, start, bytes as u8, intent).ok();
+                if let Some(span) = whole.filter(|span| span.is_ram(intent == Intent::Write)) {
+                    return Ok(Batch {
+                        span,
+                        count,
+                        bytes: bytes as u8,
+                        port,
+                        down,
+                    });
                 }
             }
         }
