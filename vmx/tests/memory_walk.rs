@@ -278,16 +278,14 @@ fn naive(
 fn registers(random: &mut Random) -> Paging {
     let mut paging = Paging {
         cr0: PG,
-        cr3: 0x1000 * (1 + random.below(3)) | (random.next() & 0x18),
+        cr3: (0x1000 * (1 + random.below(3))) | (random.next() & 0x18),
         cpl: random.below(4) as u8,
         ac: random.one_in(2),
         address_bits: [32, 36, 39, 40, 46, 52][random.below(6) as usize],
         pages_1g: random.one_in(2),
         ..Paging::default()
     };
-    for bit in [WP] {
-        paging.cr0 |= bit * random.below(2);
-    }
+    paging.cr0 |= WP * random.below(2);
     for bit in [PSE, SMEP, SMAP] {
         paging.cr4 |= bit * random.below(2);
     }
@@ -414,7 +412,7 @@ fn agrees_with_a_naive_walker() {
 fn simple() -> (Tables, Paging) {
     let tables = Tables::default();
     for level in 1..=4 {
-        tables.put(level * 0x1000, (level + 1) * 0x1000 | 7);
+        tables.put(level * 0x1000, ((level + 1) * 0x1000) | 7);
     }
     let paging = Paging {
         cr0: PG | WP,
