@@ -85,6 +85,12 @@ void haxm_os_guest_left(void)
 #endif
 }
 
+/* The guest spins on something that another of its processors holds. */
+void haxm_os_yield(void)
+{
+	yield();
+}
+
 u32 haxm_os_event_pending(void)
 {
 	return signal_pending(current) || need_resched() ||

@@ -52,6 +52,7 @@ void haxm_os_kick(u32 cpu);
 void haxm_os_set_vmxe(u32 on);
 void haxm_os_guest_left(void);
 u32 haxm_os_event_pending(void);
+void haxm_os_yield(void);
 void haxm_os_fpu_begin(void);
 void haxm_os_fpu_end(void);
 u64 haxm_os_monotonic_ns(void);

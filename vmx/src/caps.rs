@@ -194,6 +194,7 @@ const SECONDARY: Wanted = Wanted {
     optional: Secondary::ENABLE_EPT.bits()
         | Secondary::ENABLE_VPID.bits()
         | Secondary::UNRESTRICTED_GUEST.bits()
+        | Secondary::PAUSE_LOOP_EXITING.bits()
         | Secondary::ENABLE_RDTSCP.bits()
         | Secondary::ENABLE_INVPCID.bits(),
     forbidden: Secondary::DESCRIPTOR_TABLE_EXITING.bits(),

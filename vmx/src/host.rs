@@ -123,6 +123,9 @@ pub unsafe trait Host: Clone + Send + Sync + 'static {
     /// RUN should return to user space.
     fn event_pending(&self) -> bool;
 
+    /// Lets another thread have the processor for a while. May sleep.
+    fn yield_now(&self);
+
     /// Takes the extended (x87, SSE, AVX ...) registers from the host: saves
     /// what it keeps there and lets this thread use them until `fpu_end`.
     /// Masks preemption meanwhile.

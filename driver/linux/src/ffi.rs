@@ -35,6 +35,7 @@ unsafe extern "C" {
     pub(crate) fn haxm_os_set_vmxe(on: u32);
     pub(crate) safe fn haxm_os_guest_left();
     pub(crate) safe fn haxm_os_event_pending() -> u32;
+    pub(crate) safe fn haxm_os_yield();
     pub(crate) safe fn haxm_os_fpu_begin();
     pub(crate) fn haxm_os_fpu_end();
     pub(crate) safe fn haxm_os_monotonic_ns() -> u64;

@@ -119,6 +119,10 @@ unsafe impl Host for Linux {
         ffi::haxm_os_guest_left();
     }
 
+    fn yield_now(&self) {
+        ffi::haxm_os_yield();
+    }
+
     fn event_pending(&self) -> bool {
         ffi::haxm_os_event_pending() != 0
     }

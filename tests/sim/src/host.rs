@@ -223,6 +223,10 @@ unsafe impl Host for SimHost {
         self.inner().state().cpus[cpu].tr_limit = TR_LIMIT;
     }
 
+    fn yield_now(&self) {
+        std::thread::yield_now();
+    }
+
     fn event_pending(&self) -> bool {
         let _inside = fault::inside();
         Cores::service(self.inner());

@@ -84,6 +84,8 @@ bitflags! {
         const WBINVD_EXITING = SecondaryControls::WBINVD_EXITING.bits();
         /// CR0.PE and CR0.PG may be clear in the guest.
         const UNRESTRICTED_GUEST = SecondaryControls::UNRESTRICTED_GUEST.bits();
+        /// A spin loop of PAUSEs exits.
+        const PAUSE_LOOP_EXITING = SecondaryControls::PAUSE_LOOP_EXITING.bits();
         /// INVPCID does not #UD.
         const ENABLE_INVPCID = SecondaryControls::ENABLE_INVPCID.bits();
         /// XSAVES and XRSTORS do not #UD.

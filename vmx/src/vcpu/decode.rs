@@ -36,7 +36,9 @@ pub enum Exit {
     Hlt,
     /// RDPMC.
     Rdpmc,
-    /// An instruction that does nothing here: INVD, WBINVD, PAUSE, INVLPG.
+    /// A loop of PAUSEs: the guest waits for another of its processors.
+    Spin,
+    /// An instruction that does nothing here: WBINVD, INVLPG.
     Skip,
     /// A control-register access.
     CrAccess(CrAccess),
@@ -105,7 +107,10 @@ impl Exit {
             ExitReason::CPUID => Self::Cpuid,
             ExitReason::HLT => Self::Hlt,
             ExitReason::RDPMC => Self::Rdpmc,
-            ExitReason::WBINVD | ExitReason::INVLPG | ExitReason::PAUSE => Self::Skip,
+            // INVD need not write back what the caches hold, and may (SDM vol.
+            // 2, "INVD"): memory is coherent without either.
+            ExitReason::WBINVD | ExitReason::INVD | ExitReason::INVLPG => Self::Skip,
+            ExitReason::PAUSE => Self::Spin,
             ExitReason::CR_ACCESS => Self::CrAccess(CrAccess::from_qualification(qualification())),
             ExitReason::DR_ACCESS => Self::DrAccess(DrQualification(qualification())),
             ExitReason::IO_INSTRUCTION => Self::Io(IoQualification(qualification())),
@@ -117,10 +122,8 @@ impl Exit {
                 qualification: EptQualification(qualification()),
             },
             ExitReason::EPT_MISCONFIGURATION => Self::EptMisconfiguration { gpa: gpa() },
-            // Not offered in CPUID, so they do not exist. INVD would lose
-            // other people's cache lines; HAXM gives #UD too.
+            // Not offered in CPUID, so they do not exist.
             ExitReason::GETSEC
-            | ExitReason::INVD
             | ExitReason::RSM
             | ExitReason::VMCALL
             | ExitReason::VMCLEAR

@@ -28,8 +28,6 @@ pub struct Guest<H: Host> {
     cpuid_version: AtomicU32,
     /// One bit per vCPU that exists.
     vcpus: AtomicU32,
-    /// Highest number of vCPUs so far, for the topology in CPUID.
-    vcpu_peak: AtomicU32,
     /// What all vCPUs add to the time-stamp counter.
     tsc_offset: AtomicU64,
     /// IA32_TSC_ADJUST of all vCPUs.
@@ -53,7 +51,6 @@ impl<H: Host> Guest<H> {
             cpuid: Lock::new(LockClass::Vm, cpuid)?,
             cpuid_version: AtomicU32::new(0),
             vcpus: AtomicU32::new(0),
-            vcpu_peak: AtomicU32::new(0),
             tsc_offset: AtomicU64::new(host.cpu().rdtsc().wrapping_neg()),
             tsc_adjust: AtomicU64::new(0),
             membership,
@@ -155,19 +152,11 @@ impl<H: Host> Guest<H> {
         if before & (1 << id) != 0 {
             return Err(Error::Busy);
         }
-        self.vcpu_peak
-            .fetch_max(id.saturating_add(1), Ordering::AcqRel);
         Ok(())
     }
 
     /// Gives a vCPU number back.
     pub fn free_vcpu(&self, id: u32) {
         self.vcpus.fetch_and(!(1 << id), Ordering::AcqRel);
-    }
-
-    /// vCPUs for the topology in CPUID: one more than the highest number so far.
-    #[expect(clippy::cast_possible_truncation, reason = "at most 16")]
-    pub fn topology_size(&self) -> u8 {
-        self.vcpu_peak.load(Ordering::Acquire).max(1) as u8
     }
 }

@@ -99,6 +99,10 @@ impl<H: Host> Vcpu<H> {
                     self.memory_fault(inner, gpa, access)?
                 }
                 Next::Work(Work::Emulate) => self.emulate(inner)?,
+                Next::Work(Work::Yield) => {
+                    self.guest().host().yield_now();
+                    Next::Resume
+                }
                 Next::Work(Work::Pdptes) => self.load_pdptes(inner)?,
             };
         }

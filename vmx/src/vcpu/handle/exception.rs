@@ -3,7 +3,7 @@
 use abi::tunnel::{ExitStatus, TunnelDebug};
 use zerocopy::IntoBytes;
 
-use super::{Next, lost, raise};
+use super::{Next, advance, lost, raise};
 use crate::arch::event::{EventKind, Exception, InterruptionInfo, vector};
 use crate::arch::field;
 use crate::host::Host;
@@ -24,7 +24,15 @@ pub fn handle<H: Host>(
         return Next::Resume;
     }
     match info.vector() {
-        vector::DB => debug_exception(vcpu, inner, current),
+        vector::DB => {
+            if info.kind() == EventKind::PrivilegedSoftwareException {
+                // INT1 is a trap: its frame has the next instruction, and the
+                // exit left RIP on it (SDM 28.3.3 "Saving RIP, RSP, RFLAGS,
+                // and SSP").
+                advance(inner, current);
+            }
+            debug_exception(vcpu, inner, current)
+        }
         vector::BP if inner.debug.takes_breakpoints() => {
             // RIP is on the INT3, as HAXM reports it.
             report(vcpu, inner, current, 0, 0)

@@ -43,6 +43,8 @@ pub enum Work {
     },
     /// Execute the instruction at RIP in software.
     Emulate,
+    /// Let another thread run: the guest spins.
+    Yield,
     /// Load the PDPTEs from guest memory.
     Pdptes,
 }
@@ -79,6 +81,10 @@ pub fn dispatch<H: Host>(
         Exit::Skip => {
             advance(inner, current);
             Next::Resume
+        }
+        Exit::Spin => {
+            advance(inner, current);
+            Next::Work(Work::Yield)
         }
         Exit::Undefined => raise(vcpu, inner, Exception::UD),
         // RDPMC: no counter of the guest's exists behind it.

@@ -21,7 +21,10 @@ pub fn cpuid<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_
     let [leaf, subleaf, ..] = inner.registers.general.gpr;
     let view = View {
         apic_id: vcpu.id() as u8,
-        vcpus: vcpu.guest().topology_size(),
+        // Each vCPU is a package of its own, as in HAXM: SeaBIOS lists only
+        // the first of a package in the MP table, and a guest without ACPI
+        // would not find the others.
+        vcpus: 1,
         // Only OSXSAVE counts, and a change of it always exits.
         cr4: if inner.modes.has_osxsave() {
             Cr4::OSXSAVE.bits()
