@@ -414,3 +414,13 @@ fn accesses_are_noted_for_data_breakpoints() {
         assert_eq!(fake.noted, *wanted, "{code:02x?}");
     }
 }
+
+#[test]
+fn the_instruction_pointer_wraps_at_four_gigabytes() {
+    for (mode, wanted) in [(Mode::Bits32, 0), (Mode::Bits64, 1 << 32)] {
+        let mut fake = machine(mode);
+        fake.rip = 0xffff_fffe;
+        assert_eq!(run(&mut fake, mode, LOAD), Step::Done);
+        assert_eq!(fake.rip, wanted);
+    }
+}
