@@ -1,0 +1,154 @@
+//! Guests: where things are in their memory, and their code.
+//!
+//! All run in flat 32-bit protected mode without paging.
+
+use anyhow::Result;
+
+use crate::api::{Api, Exit, Vcpu, Vm, enter};
+use crate::ram::Ram;
+
+/// Start of the descriptor tables.
+pub const GDT: u64 = 0x1000;
+pub const IDT: u64 = 0x2000;
+/// Bytes of the tables, less one.
+pub const GDT_LIMIT: u16 = 0x17;
+pub const IDT_LIMIT: u16 = 0x7ff;
+/// Selectors.
+pub const CODE_SELECTOR: u16 = 0x08;
+pub const DATA_SELECTOR: u16 = 0x10;
+/// Top of the stack.
+pub const STACK: u64 = 0xf000;
+/// First instruction.
+pub const CODE: u64 = 0x10000;
+/// What the guest measured: doublewords.
+const RESULTS: u64 = 0x100000;
+/// Memory for the touch rows: a whole number of 2 MB pages.
+pub const TOUCHED: u64 = 0x400000;
+/// Bytes of it: 1024 pages.
+pub const TOUCHED_SIZE: u64 = 4 << 20;
+/// All memory; device memory is far above.
+pub const RAM_SIZE: u64 = 16 << 20;
+/// The vector of the handler, and the ports of the code.
+pub const VECTOR: u8 = 0x30;
+pub const PORT: u16 = 0x80;
+pub const OTHER_PORT: u16 = 0x81;
+/// Bytes of the string row.
+pub const STRING: usize = 4096;
+
+/// The bytes between two addresses of this program's read-only data.
+pub fn between(start: *const u8, end: *const u8) -> &'static [u8] {
+    let length = (end as usize).saturating_sub(start as usize);
+    // SAFETY: `code!` gives the ends of one piece of read-only data, which lives as long as the program.
+    // UNSAFETY: two addresses become a slice.
+    #[expect(unsafe_code)]
+    unsafe {
+        std::slice::from_raw_parts(start, length)
+    }
+}
+
+/// Assembles 32-bit code with this program.
+#[macro_export]
+macro_rules! code {
+    ($($line:literal),+ $(,)?) => {{
+        let start: *const u8;
+        let end: *const u8;
+        // SAFETY: emits data into another section, and reads two addresses.
+        #[allow(unsafe_code)]
+        unsafe {
+            core::arch::asm!(
+                ".pushsection .rodata.guest, \"a\", @progbits",
+                "772:",
+                ".code32",
+                $($line,)+
+                ".code64",
+                "773:",
+                ".popsection",
+                "lea rax, [rip + 772b]",
+                "lea rcx, [rip + 773b]",
+                out("rax") start,
+                out("rcx") end,
+                options(raw, nomem, nostack, preserves_flags)
+            );
+        }
+        $crate::guest::between(start, end)
+    }};
+}
+
+/// A guest that measures one piece of code 1024 times by itself. The code may use all registers but ESI, EDI, EBP,
+/// and EBX is its own.
+#[macro_export]
+macro_rules! measured {
+    ($($line:literal),* $(,)?) => {
+        $crate::code!(
+            "mov edi, 0x100000",
+            "mov ebp, 1024",
+            "mov ebx, 0x400000",
+            "2: rdtsc",
+            "mov esi, eax",
+            $($line,)*
+            "rdtsc",
+            "sub eax, esi",
+            "stosd",
+            "dec ebp",
+            "jnz 2b",
+            "hlt",
+        )
+    };
+}
+
+/// A VM with its memory and a vCPU at the first instruction. Dropped in this order.
+pub struct Guest<A: Api> {
+    pub vcpu: <A::Vm as Vm>::Vcpu,
+    _vm: A::Vm,
+    pub ram: Ram,
+}
+
+impl<A: Api> Guest<A> {
+    pub fn new(api: &A, code: &[u8], ram: Ram) -> Result<Self> {
+        let vm = api.create_vm()?;
+        ram.write(CODE, code);
+        ram.touch(RESULTS, 4096);
+        for (index, descriptor) in [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff_u64]
+            .iter()
+            .enumerate()
+        {
+            ram.write(GDT + 8 * index as u64, &descriptor.to_le_bytes());
+        }
+        let handler = STACK + 0x100;
+        // out 81h, al; iretd
+        ram.write(handler, &[0xe6, OTHER_PORT as u8, 0xcf]);
+        let gate = handler | u64::from(CODE_SELECTOR) << 16 | 0x8e00 << 32;
+        ram.write(IDT + 8 * u64::from(VECTOR), &gate.to_le_bytes());
+        vm.declare(ram.address(), ram.size())?;
+        vm.map(0, 0, ram.size(), ram.address())?;
+        let vcpu = vm.create_vcpu(0)?;
+        vcpu.start()?;
+        Ok(Self { vcpu, _vm: vm, ram })
+    }
+
+    /// Enters until the guest has something to say.
+    #[inline]
+    pub fn run(&self) -> Result<Exit> {
+        loop {
+            let result = enter(&self.vcpu);
+            anyhow::ensure!(result >= 0, "RUN: {}", std::io::Error::last_os_error());
+            match self.vcpu.exit() {
+                Exit::Again => {}
+                exit => return Ok(exit),
+            }
+        }
+    }
+
+    /// Runs, and wants this exit.
+    #[inline]
+    pub fn expect(&self, wanted: Exit) -> Result<()> {
+        let exit = self.run()?;
+        anyhow::ensure!(exit == wanted, "{exit:?} instead of {wanted:?}");
+        Ok(())
+    }
+
+    /// What a [`measured!`] guest wrote.
+    pub fn results(&self) -> impl Iterator<Item = u64> + '_ {
+        (0..1024).map(|index| u64::from(self.ram.u32(RESULTS + 4 * index)))
+    }
+}

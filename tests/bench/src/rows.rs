@@ -1,0 +1,353 @@
+//! The rows.
+
+use anyhow::{Result, ensure};
+
+use crate::api::{Api, Exit, Vcpu, Vm, request};
+use crate::guest::{
+    self, Guest, OTHER_PORT, PORT, RAM_SIZE, STRING, TOUCHED, TOUCHED_SIZE, VECTOR,
+};
+use crate::ram::Ram;
+use crate::sample::{Samples, ticks};
+use crate::{code, measured};
+
+/// Samples of the rows that this program measures, after as many to warm up.
+const ROUNDS: usize = 256;
+
+/// A group of rows and what measures it.
+type Row<A> = (&'static str, fn(&A) -> Result<()>);
+
+/// Measures all rows whose group's name contains the filter; returns how many could not be.
+pub fn all<A: Api>(filter: &str) -> u32 {
+    let rows: [Row<A>; 17] = [
+        ("null", null),
+        ("out", out),
+        ("in", input),
+        ("mmio_write", mmio_write),
+        ("mmio_read", mmio_read),
+        ("outs", outs),
+        ("hlt_wake", hlt_wake),
+        ("inject", inject),
+        ("cpuid", cpuid),
+        ("msr", msr),
+        ("cr", control_registers),
+        ("touch_first", touch_first),
+        ("touch_host_4k", touch_host_4k),
+        ("touch_host_2m", touch_host_2m),
+        ("create_vm", create_vm),
+        ("create_vcpu", create_vcpu),
+        ("slots", slots),
+    ];
+    let mut failed = 0;
+    for (name, row) in rows.iter().filter(|(name, _)| name.contains(filter)) {
+        if let Err(error) = A::open().and_then(|api| row(&api)) {
+            println!("@@FAILED {name}: {error:#}");
+            failed += 1;
+        }
+    }
+    failed
+}
+
+fn guest<A: Api>(api: &A, code: &[u8]) -> Result<Guest<A>> {
+    Guest::new(api, code, Ram::new(RAM_SIZE)?)
+}
+
+/// Samples of one body.
+fn sample(name: &str, mut body: impl FnMut() -> Result<()>) -> Result<()> {
+    for _ in 0..ROUNDS {
+        body()?;
+    }
+    let mut samples = Samples::default();
+    for _ in 0..ROUNDS {
+        let (ticks, result) = ticks(&mut body);
+        result?;
+        samples.push(ticks);
+    }
+    samples.print(name);
+    Ok(())
+}
+
+/// The measurement itself, a system call, and an ioctl that neither driver knows.
+fn null<A: Api>(api: &A) -> Result<()> {
+    sample("nothing", || Ok(()))?;
+    sample("bad_descriptor", || {
+        ensure!(request(-1, 0, 0) < 0, "an ioctl on no file");
+        Ok(())
+    })?;
+    let guest = guest(api, code!("hlt"))?;
+    sample("null_ioctl", || {
+        ensure!(request(guest.vcpu.fd(), 0, 0) < 0, "an unknown ioctl");
+        Ok(())
+    })
+}
+
+fn out<A: Api>(api: &A) -> Result<()> {
+    let guest = guest(api, code!("2: out 0x80, al", "jmp 2b"))?;
+    let wanted = Exit::Out {
+        port: PORT,
+        bytes: 1,
+    };
+    sample("out", || guest.expect(wanted))
+}
+
+fn input<A: Api>(api: &A) -> Result<()> {
+    let guest = guest(api, code!("2: in eax, 0x80", "jmp 2b"))?;
+    guest.expect(Exit::In { port: PORT })?;
+    sample("in", || {
+        guest.vcpu.answer(7);
+        guest.expect(Exit::In { port: PORT })
+    })
+}
+
+fn mmio_write<A: Api>(api: &A) -> Result<()> {
+    let guest = guest(api, code!("2: mov [0xd0000000], eax", "jmp 2b"))?;
+    sample("mmio_write", || guest.expect(Exit::MmioWrite))
+}
+
+fn mmio_read<A: Api>(api: &A) -> Result<()> {
+    let guest = guest(api, code!("2: mov eax, [0xd0000000]", "jmp 2b"))?;
+    guest.expect(Exit::MmioRead)?;
+    sample("mmio_read", || {
+        guest.vcpu.answer(7);
+        guest.expect(Exit::MmioRead)
+    })
+}
+
+/// REP OUTSB of 4096 bytes, up to the OUT behind it.
+fn outs<A: Api>(api: &A) -> Result<()> {
+    let guest = guest(
+        api,
+        code!(
+            "cld",
+            "mov edx, 0x80",
+            "2: mov esi, 0x20000",
+            "mov ecx, 4096",
+            "rep outsb",
+            "out 0x81, al",
+            "jmp 2b",
+        ),
+    )?;
+    guest.ram.touch(0x20000, STRING as u64);
+    let mut exits = Samples::default();
+    let mut samples = Samples::default();
+    for round in 0..8 {
+        let (mut sent, mut count) = (0, 0);
+        let (ticks, result) = ticks(|| {
+            loop {
+                match guest.run()? {
+                    Exit::Out { port: PORT, bytes } => {
+                        sent += bytes;
+                        count += 1;
+                    }
+                    Exit::Out {
+                        port: OTHER_PORT, ..
+                    } => return Ok(()),
+                    exit => anyhow::bail!("{exit:?}"),
+                }
+            }
+        });
+        result?;
+        ensure!(sent == STRING, "{sent} bytes of {STRING}");
+        if round >= 3 {
+            samples.push(ticks);
+            exits.push(count);
+        }
+    }
+    samples.print("outs_4096");
+    exits.print("outs_4096_exits");
+    Ok(())
+}
+
+/// From HLT through INTERRUPT and the handler, without its OUT, to the next HLT.
+fn hlt_wake<A: Api>(api: &A) -> Result<()> {
+    let guest = guest(
+        api,
+        // The handler here is only a return.
+        code!("sti", "2: hlt", "jmp 2b"),
+    )?;
+    guest.ram.write(guest::STACK + 0x100, &[0xcf]);
+    guest.expect(Exit::Halt)?;
+    sample("hlt_wake", || {
+        guest.vcpu.interrupt(VECTOR)?;
+        guest.expect(Exit::Halt)
+    })
+}
+
+/// INTERRUPT to the handler's first instruction, which tells of itself with an OUT.
+fn inject<A: Api>(api: &A) -> Result<()> {
+    let guest = guest(api, code!("sti", "2: out 0x80, al", "jmp 2b"))?;
+    let main = Exit::Out {
+        port: PORT,
+        bytes: 1,
+    };
+    let handler = Exit::Out {
+        port: OTHER_PORT,
+        bytes: 1,
+    };
+    guest.expect(main)?;
+    guest.expect(main)?;
+    let mut samples = Samples::default();
+    for round in 0..2 * ROUNDS {
+        let (ticks, result) = ticks(|| {
+            guest.vcpu.interrupt(VECTOR)?;
+            guest.expect(handler)
+        });
+        result?;
+        guest.expect(main)?;
+        if round >= ROUNDS {
+            samples.push(ticks);
+        }
+    }
+    samples.print("inject");
+    Ok(())
+}
+
+/// A guest that measures itself.
+fn inside<A: Api>(api: &A, name: &str, code: &[u8]) -> Result<()> {
+    let guest = guest(api, code)?;
+    inside_of(&guest, name)
+}
+
+fn inside_of<A: Api>(guest: &Guest<A>, name: &str) -> Result<()> {
+    guest.expect(Exit::Halt)?;
+    guest.results().collect::<Samples>().print(name);
+    Ok(())
+}
+
+fn cpuid<A: Api>(api: &A) -> Result<()> {
+    inside(api, "guest_nothing", measured!())?;
+    let code = measured!("mov eax, 1", "cpuid");
+    // CPUID overwrites EBX, which no other piece needs.
+    inside(api, "cpuid", code)
+}
+
+/// IA32_PAT has to be caught; IA32_SYSENTER_CS does not.
+fn msr<A: Api>(api: &A) -> Result<()> {
+    inside(api, "rdmsr", measured!("mov ecx, 0x277", "rdmsr"))?;
+    inside(
+        api,
+        "wrmsr",
+        measured!(
+            "mov ecx, 0x277",
+            "mov eax, 0x00070406",
+            "mov edx, eax",
+            "wrmsr"
+        ),
+    )?;
+    inside(
+        api,
+        "wrmsr_sysenter",
+        measured!("mov ecx, 0x174", "xor eax, eax", "xor edx, edx", "wrmsr"),
+    )
+}
+
+fn control_registers<A: Api>(api: &A) -> Result<()> {
+    inside(
+        api,
+        "cr0_ts",
+        measured!("mov eax, cr0", "xor eax, 8", "mov cr0, eax"),
+    )?;
+    inside(
+        api,
+        "cr0_wp",
+        measured!("mov eax, cr0", "xor eax, 0x10000", "mov cr0, eax"),
+    )?;
+    inside(
+        api,
+        "cr0_cd",
+        measured!("mov eax, cr0", "xor eax, 0x40000000", "mov cr0, eax"),
+    )?;
+    inside(
+        api,
+        "cr4_pge",
+        measured!("mov eax, cr4", "xor eax, 0x80", "mov cr4, eax"),
+    )?;
+    inside(
+        api,
+        "cr4_pae",
+        measured!("mov eax, cr4", "xor eax, 0x20", "mov cr4, eax"),
+    )
+}
+
+/// Writes to 1024 pages, one after the other.
+fn touch<A: Api>(api: &A, name: &str, ram: Ram) -> Result<()> {
+    let code = measured!("mov byte ptr [ebx], 1", "add ebx, 4096");
+    inside_of(&Guest::new(api, code, ram)?, name)
+}
+
+fn touch_first<A: Api>(api: &A) -> Result<()> {
+    touch(api, "touch_first", Ram::new(RAM_SIZE)?)
+}
+
+fn touch_host_4k<A: Api>(api: &A) -> Result<()> {
+    let ram = Ram::new(RAM_SIZE)?;
+    ram.touch(TOUCHED, TOUCHED_SIZE);
+    touch(api, "touch_host_4k", ram)
+}
+
+fn touch_host_2m<A: Api>(api: &A) -> Result<()> {
+    let ram = Ram::new(RAM_SIZE)?;
+    ram.large(TOUCHED, TOUCHED_SIZE)?;
+    ram.touch(TOUCHED, TOUCHED_SIZE);
+    touch(api, "touch_host_2m", ram)
+}
+
+/// A VM beside another one, and its end.
+fn create_vm<A: Api>(api: &A) -> Result<()> {
+    let _first = api.create_vm()?;
+    let (mut created, mut closed) = (Samples::default(), Samples::default());
+    for _ in 0..15 {
+        let (up, vm) = ticks(|| api.create_vm());
+        let vm = vm?;
+        let (down, ()) = ticks(|| drop(vm));
+        created.push(up);
+        closed.push(down);
+    }
+    created.print("vm_create");
+    closed.print("vm_close");
+    Ok(())
+}
+
+fn create_vcpu<A: Api>(api: &A) -> Result<()> {
+    let _first = api.create_vm()?;
+    let mut samples = Samples::default();
+    for _ in 0..15 {
+        let vm = api.create_vm()?;
+        let (ticks, vcpu) = ticks(|| vm.create_vcpu(0));
+        drop(vcpu?);
+        samples.push(ticks);
+    }
+    samples.print("vcpu_create");
+    Ok(())
+}
+
+/// One more 4 KB mapping, and its end, in a VM that has 1, 100, 10,000.
+fn slots<A: Api>(api: &A) -> Result<()> {
+    const MOST: u32 = 10_000;
+    let pages = 2 * u64::from(MOST) + 2;
+    let ram = Ram::new(pages * 4096)?;
+    let vm = api.create_vm()?;
+    vm.declare(ram.address(), ram.size())?;
+    // Every other page, so that no two are one range.
+    let put = |slot: u32| {
+        let at = u64::from(slot) * 8192;
+        vm.map(slot, at, 4096, ram.address() + at)
+    };
+    let mut have = 0;
+    for wanted in [1, 100, MOST] {
+        while have < wanted {
+            put(have)?;
+            have += 1;
+        }
+        let mut samples = Samples::default();
+        for _ in 0..15 {
+            let (ticks, result) = ticks(|| {
+                put(MOST)?;
+                vm.unmap(MOST, u64::from(MOST) * 8192, 4096)
+            });
+            result?;
+            samples.push(ticks);
+        }
+        samples.print(&format!("slots_{wanted}"));
+    }
+    Ok(())
+}
