@@ -30,7 +30,7 @@ pub(crate) const NEEDED: &[&str] = &[
     "gcc",
     "make",
     "libc6-dev",
-    "libelf1",
+    "libelf-dev",
     "binutils",
     "xz-utils",
 ];
