@@ -70,7 +70,7 @@ pub fn dispatch<H: Host>(
             })
         }
         Exit::Hlt => system::halt(vcpu, inner, current),
-        Exit::InterruptWindow => system::interrupt_window(vcpu),
+        Exit::InterruptWindow => system::interrupt_window(vcpu, inner),
         Exit::CrAccess(access) => control::register(vcpu, inner, current, access),
         Exit::DrAccess(access) => control::debug_register(vcpu, inner, current, access),
         Exit::Rdmsr => system::rdmsr(vcpu, inner, current),

@@ -52,8 +52,10 @@ pub fn halt<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_,
 }
 
 /// The guest can take an interrupt: ours if one waits, or the client's.
-pub fn interrupt_window<H: Host>(vcpu: &Vcpu<H>) -> Next {
-    if vcpu.vectors.is_empty() && vcpu.channel.window() != 0 {
+/// A vector that the task priority holds back is neither.
+pub fn interrupt_window<H: Host>(vcpu: &Vcpu<H>, inner: &Inner<H>) -> Next {
+    let ours = vcpu.vectors.deliverable(inner.cr8 << 4).is_some();
+    if !ours && vcpu.channel.window() != 0 {
         return Next::Leave(ExitStatus::Interrupt);
     }
     Next::Resume
