@@ -319,6 +319,15 @@ fn boundary(inner: &Inner, cpu: usize, vmcs: u64) -> Option<ExitInfo> {
             ..ExitInfo::default()
         });
     }
+    // Before external interrupts: a hypervisor that never lets the guest go on
+    // would never let the host have the processor either.
+    let open = get(0x6820) >> 9 & 1 != 0 && blocking & 3 == 0;
+    if get(0x4002) >> 2 & 1 != 0 && open {
+        return Some(ExitInfo {
+            reason: 7,
+            ..ExitInfo::default()
+        });
+    }
     if inner.cores.interrupt_waits(cpu) {
         if get(0x4000) & 1 == 0 {
             inner.finding("a host interrupt goes to the guest");
@@ -334,13 +343,6 @@ fn boundary(inner: &Inner, cpu: usize, vmcs: u64) -> Option<ExitInfo> {
             inner.finding("an interrupt is acknowledged at exit: the host never sees it");
         }
         return Some(exit);
-    }
-    let open = get(0x6820) >> 9 & 1 != 0 && blocking & 3 == 0;
-    if get(0x4002) >> 2 & 1 != 0 && open {
-        return Some(ExitInfo {
-            reason: 7,
-            ..ExitInfo::default()
-        });
     }
     None
 }

@@ -6,6 +6,7 @@
 use vmx::arch::msr;
 use vmx::cpu::GuestRegs;
 
+use crate::cpu::msr_accepts;
 use crate::ept::{Access, EptFault};
 use crate::machine::Inner;
 use crate::vmcs::Vmcs;
@@ -264,11 +265,14 @@ impl Guest<'_> {
         if !may_pass(number) || number == msr::IA32_TSC {
             self.finding(format!("the guest writes the host's MSR {number:#x}"));
         }
+        let profile = &self.inner.profile;
         if let Some(field) = msr_field(number) {
+            if !msr_accepts(profile, number, value) {
+                return Err(GP);
+            }
             self.set_field(field, value);
             return Ok(());
         }
-        let profile = &self.inner.profile;
         let mut state = self.inner.state();
         let fine = state.cpus[self.cpu].write_msr(profile, number, value);
         if fine { Ok(()) } else { Err(GP) }
@@ -341,10 +345,20 @@ impl Guest<'_> {
         Ok(())
     }
 
+    /// 64-bit code runs: operands have 64 bits.
+    fn is_64_bit(&self) -> bool {
+        self.field(0x4012) >> 9 & 1 != 0 && self.field(0x4816) >> 13 & 1 != 0
+    }
+
     /// MOV to a control register, SDM 26.1.3 and 26.3 "Changes to Instruction
     /// Behavior in VMX Non-Root Operation".
     pub(crate) fn mov_to_cr(&mut self, cr: u8, gpr: usize) -> Result<(), Stop> {
-        let value = self.register(gpr);
+        let wide = self.register(gpr);
+        let value = if self.is_64_bit() {
+            wide
+        } else {
+            wide & 0xffff_ffff
+        };
         let exit = self.exit_now(28, u64::from(cr) | (gpr as u64) << 8);
         match cr {
             0 | 4 => {
@@ -367,7 +381,14 @@ impl Guest<'_> {
                 if self.primary(15) && !listed {
                     return Err(exit);
                 }
-                self.set_field(0x6802, value);
+                // SDM vol. 2, "MOV - Move to/from Control Registers": reserved
+                // bits are #GP; bit 63 is an instruction's own with PCIDE.
+                let pcide = self.field(0x6804) >> 17 & 1;
+                let address = value & !(pcide << 63);
+                if !self.inner.profile.physical(address) {
+                    return Err(GP);
+                }
+                self.set_field(0x6802, address);
                 Ok(())
             }
             8 if self.primary(19) => Err(exit),

@@ -184,6 +184,29 @@ fn the_client_can_ask_for_the_window() {
 }
 
 #[test]
+fn a_vector_that_the_task_priority_holds_back_is_no_reason_to_spin() {
+    let client = client();
+    client.change_regs(|state| state.rflags |= 0x200);
+    assert_eq!(
+        client.run([Step::mov_to_cr(8, RAX, 8)]),
+        ExitStatus::Interrupt
+    );
+    client.vcpu.interrupt(0x41);
+    client.set_tunnel(offset::REQUEST_INTERRUPT_WINDOW, 1);
+    client.machine.reset_counts();
+    assert_eq!(client.run([]), ExitStatus::Interrupt);
+    assert_eq!(client.tunnel().exit_reason, 7);
+    assert_eq!(client.machine.counts().exits_total(), 1);
+    client.set_tunnel(offset::REQUEST_INTERRUPT_WINDOW, 0);
+    client.run([Step::cpuid(0, 0)]);
+    assert!(client.machine.take_received().is_empty());
+    // Lowering the priority lets it through.
+    client.run([Step::mov_to_cr(8, RAX, 3), Step::cpuid(0, 0)]);
+    assert_eq!(client.machine.take_received()[0].vector, 0x41);
+    client.finish();
+}
+
+#[test]
 fn host_events_end_run() {
     let client = client();
     assert_eq!(
@@ -367,8 +390,8 @@ fn debug_registers_are_the_guests_own() {
 #[test]
 fn instructions_that_do_not_exist_for_the_guest() {
     let client = client();
-    // GETSEC, INVD, RSM, VMCALL, the VMX instructions.
-    for reason in [11, 13, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 50, 53] {
+    // GETSEC, RSM, VMCALL, the VMX instructions.
+    for reason in [11, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 50, 53] {
         assert_eq!(
             client.run([Step::exits(reason, 0, 3)]),
             ExitStatus::Interrupt
@@ -387,8 +410,8 @@ fn instructions_that_do_not_exist_for_the_guest() {
 #[test]
 fn instructions_that_do_nothing() {
     let client = client();
-    // WBINVD, INVLPG, PAUSE: past the instruction, no event.
-    for reason in [54, 14, 40] {
+    // INVD, WBINVD, INVLPG, PAUSE: past the instruction, no event.
+    for reason in [13, 54, 14, 40] {
         let rip = client.regs().rip;
         assert_eq!(
             client.run([Step::exits(reason, 0, 2)]),
