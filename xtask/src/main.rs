@@ -4,6 +4,7 @@
 //! name and returns the exit code of the process; an error is printed with its causes and is exit code 1.
 
 mod abi;
+mod bench;
 mod conformance;
 mod lint;
 mod module;
@@ -29,6 +30,11 @@ const COMMANDS: &[Command] = &[
         name: "abi",
         about: "[--json]  print request numbers, structures and constants",
         run: abi::run,
+    },
+    Command {
+        name: "bench",
+        about: "[--kernel K] [--no-linux] [--docs] [FILTER]  measure the driver beside KVM",
+        run: bench::run,
     },
     Command {
         name: "conformance",
