@@ -267,23 +267,12 @@ pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
         };
         ControlCaps(read(register))
     };
-    let pin = PIN.resolve(word(
-        msr::IA32_VMX_PINBASED_CTLS,
-        msr::IA32_VMX_TRUE_PINBASED_CTLS,
-    ))?;
     let primary_caps = word(
         msr::IA32_VMX_PROCBASED_CTLS,
         msr::IA32_VMX_TRUE_PROCBASED_CTLS,
     );
-    let primary = PRIMARY.resolve(primary_caps)?;
-    let exit = EXIT.resolve(word(msr::IA32_VMX_EXIT_CTLS, msr::IA32_VMX_TRUE_EXIT_CTLS))?;
-    let entry = ENTRY.resolve(word(
-        msr::IA32_VMX_ENTRY_CTLS,
-        msr::IA32_VMX_TRUE_ENTRY_CTLS,
-    ))?;
-    let primary = Primary::from_bits_retain(primary);
     let mut secondary = Secondary::empty();
-    if primary.contains(Primary::ACTIVATE_SECONDARY) {
+    if primary_caps.allowed() & Primary::ACTIVATE_SECONDARY.bits() != 0 {
         let caps = ControlCaps(read(msr::IA32_VMX_PROCBASED_CTLS2));
         secondary = Secondary::from_bits_retain(SECONDARY.resolve(caps)?);
     }
@@ -295,14 +284,35 @@ pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
     if !ept_vpid.contains(EPT_NEEDED) {
         secondary.remove(Secondary::ENABLE_EPT);
     }
+    let has_ept = secondary.contains(Secondary::ENABLE_EPT);
     // SDM 27.2.1.1 "VM-Execution Control Fields": unrestricted guest needs EPT.
-    if !secondary.contains(Secondary::ENABLE_EPT) {
-        secondary.remove(Secondary::UNRESTRICTED_GUEST);
-    }
+    secondary.set(
+        Secondary::UNRESTRICTED_GUEST,
+        has_ept && secondary.contains(Secondary::UNRESTRICTED_GUEST),
+    );
     // Recycling a VPID needs a way to flush it.
     if !ept_vpid.contains(EptVpidCaps::INVVPID | EptVpidCaps::INVVPID_ALL) {
         secondary.remove(Secondary::ENABLE_VPID);
     }
+    // Without EPT no guest will run, so nothing else has to be there: the
+    // client learns from the missing capability bit.
+    let settle = |wanted: &Wanted, caps: ControlCaps| {
+        if has_ept {
+            wanted.resolve(caps)
+        } else {
+            Ok(caps.required())
+        }
+    };
+    let pin_caps = word(
+        msr::IA32_VMX_PINBASED_CTLS,
+        msr::IA32_VMX_TRUE_PINBASED_CTLS,
+    );
+    let pin = settle(&PIN, pin_caps)?;
+    let primary = Primary::from_bits_retain(settle(&PRIMARY, primary_caps)?);
+    let exit_caps = word(msr::IA32_VMX_EXIT_CTLS, msr::IA32_VMX_TRUE_EXIT_CTLS);
+    let exit = settle(&EXIT, exit_caps)?;
+    let entry_caps = word(msr::IA32_VMX_ENTRY_CTLS, msr::IA32_VMX_TRUE_ENTRY_CTLS);
+    let entry = settle(&ENTRY, entry_caps)?;
     let physical_bits = if extended >= 0x8000_0008 {
         (cpu.cpuid(0x8000_0008, 0).eax & 0xff) as u8
     } else {

@@ -44,6 +44,21 @@ pub(crate) fn build() -> Result<PathBuf> {
     Ok(target_dir.join(TARGET).join("release/haxm-conformance"))
 }
 
+/// The module without its local symbols: it is inserted far quicker (see the test machine's README).
+///
+/// # Errors
+/// `strip` fails.
+pub(crate) fn stripped(module: &Path) -> Result<PathBuf> {
+    let stripped = module.with_extension("stripped.ko");
+    let mut strip = Command::new("strip");
+    strip
+        .args(["--strip-unneeded", "-o"])
+        .arg(&stripped)
+        .arg(module);
+    testbed::command::output(&mut strip)?;
+    Ok(stripped)
+}
+
 /// What the emulated PC does with `/haxm.ko` and `/conformance`: load, probe, run the cases, unload, and
 /// look what the kernel says about it. Exit code 0 if all of it is as it should be.
 pub(crate) fn script(filter: &str, verbose: bool) -> String {
@@ -106,14 +121,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     }
     let built = module::build(&series)?;
     let client = build()?;
-    // Without local symbols it is inserted far quicker (see the test machine's README).
-    let stripped = built.with_extension("stripped.ko");
-    let mut strip = Command::new("strip");
-    strip
-        .args(["--strip-unneeded", "-o"])
-        .arg(&stripped)
-        .arg(&built);
-    testbed::command::output(&mut strip)?;
+    let stripped = stripped(&built)?;
     let outcome = pc(&stripped, &client, &script(&filter, verbose))
         .cpus(cpus)
         .kernel(Flavour::from_series(&series)?)

@@ -10,6 +10,7 @@ mod lint;
 mod module;
 mod run;
 mod setup;
+mod test;
 mod testbed;
 
 use std::process::ExitCode;
@@ -60,6 +61,11 @@ const COMMANDS: &[Command] = &[
         name: "setup",
         about: "install and build what the other commands need",
         run: setup::run,
+    },
+    Command {
+        name: "test",
+        about: "[--host]  lints, host tests, and the driver's tests on the emulated PC",
+        run: test::run,
     },
     Command {
         name: "testbed",

@@ -93,6 +93,7 @@ pub(crate) fn boot(
     let script = format!(
         "insmod /haxm.ko || exit 3\n\
          echo \"haxm.ko $(cat /sys/module/haxm/version) loaded\"\n\
+         /conformance probe || exit 4\n\
          tick start\n\
          {}\n\
          code=$?\n\
@@ -106,6 +107,7 @@ pub(crate) fn boot(
         .kernel(flavour)
         .memory_mb(512)
         .file("/haxm.ko", &parts.module)
+        .file("/conformance", &parts.conformance)
         .script(&script)
         .timeout(LIMIT);
     parts.client.add_to(pc.files());

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use testbed::client::{self, Client};
 use testbed::{Flavour, Kernel, WorkFolder, bochs::Bochs, guest::Pieces, packages};
 
-use crate::module;
+use crate::{conformance, module};
 
 const HELP: &str = "usage: cargo xtask setup [--kernel 6.1|6.12]...
 Installs the Debian packages the emulated PC needs (the only step that asks for root), builds its
@@ -69,6 +69,8 @@ pub(crate) struct Parts {
     pub(crate) module: PathBuf,
     /// QEMU and its guest.
     pub(crate) client: Client,
+    /// The conformance client.
+    pub(crate) conformance: PathBuf,
 }
 
 /// Installs, fetches and builds all of it; what is there already is left alone. The long builds
@@ -86,12 +88,14 @@ pub(crate) fn everything(flavour: Flavour) -> Result<Parts> {
     std::thread::scope(|scope| {
         let bochs = scope.spawn(|| Bochs::ensure(&work).and_then(|_| Pieces::ensure(&work)));
         let client = scope.spawn(|| Client::ensure(&work));
-        let module = module::build(flavour.series())?;
+        let module = conformance::stripped(&module::build(flavour.series())?)?;
+        let conformance = conformance::build()?;
         let stopped = |what| anyhow::anyhow!("the build of {what} stopped");
         bochs.join().map_err(|_| stopped("Bochs"))??;
         Ok(Parts {
             module,
             client: client.join().map_err(|_| stopped("the client"))??,
+            conformance,
         })
     })
 }

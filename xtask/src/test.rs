@@ -1,0 +1,237 @@
+//! `cargo xtask test`: everything that must hold, on this machine and on the emulated PC.
+//!
+//! Stages, each counted: the lints; the host tests; the driver's own tests on the emulated PC, with
+//! one processor and with two; machines that may not run guests; and whole guests under QEMU.
+
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use testbed::client::{Boot, Machine};
+use testbed::folder::workspace_root;
+use testbed::{Flavour, Outcome, Pc, cpu, firmware};
+
+use crate::{conformance, lint, run, setup};
+
+const HELP: &str = "usage: cargo xtask test [--host]
+Runs the lints, the host tests, and the driver's tests on the emulated PC.
+  --host   only what needs no emulated PC";
+
+/// A stage: what it says while it runs, and what it does.
+type Stage<'a> = (String, Box<dyn Fn() -> Result<()> + 'a>);
+
+/// Runs the command with the words after its name.
+pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
+    let host_only = match args {
+        [] => false,
+        [word] if word == "--host" => true,
+        _ => bail!("cannot make sense of '{}'\n{HELP}", args.join(" ")),
+    };
+    let start = Instant::now();
+    let parts;
+    let newer;
+    let mut stages: Vec<Stage<'_>> = Vec::new();
+    let lint_args = if host_only {
+        vec!["--no-module".to_owned()]
+    } else {
+        Vec::new()
+    };
+    stages.push(("lint".into(), Box::new(move || lint_stage(&lint_args))));
+    stages.push(("host tests".into(), Box::new(host_tests)));
+    if !host_only {
+        parts = setup::everything(Flavour::Cloud6_1)?;
+        newer = setup::everything(Flavour::Cloud6_12)?;
+        emulated(&parts, &newer, &mut stages);
+    }
+    finish(&stages, start)
+}
+
+/// Runs the stages to the end, whatever fails, and prints the closing line.
+fn finish(stages: &[Stage<'_>], start: Instant) -> Result<ExitCode> {
+    let mut failed = Vec::new();
+    for (number, (name, stage)) in (1..).zip(stages) {
+        let begun = Instant::now();
+        println!("test: {number}/{} {name} ...", stages.len());
+        match stage() {
+            Ok(()) => println!("test: {name} ok, {:.1} s", begun.elapsed().as_secs_f64()),
+            Err(error) => {
+                println!(
+                    "test: {name} FAILED, {:.1} s: {error:#}",
+                    begun.elapsed().as_secs_f64()
+                );
+                failed.push(name.as_str());
+            }
+        }
+    }
+    for name in &failed {
+        println!("test: FAILED: {name}");
+    }
+    println!("test: {:.0} s in all", start.elapsed().as_secs_f64());
+    println!(
+        "{} passed, {} failed",
+        stages.len() - failed.len(),
+        failed.len()
+    );
+    Ok(if failed.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn lint_stage(args: &[String]) -> Result<()> {
+    let code = lint::run(args)?;
+    ensure!(code == ExitCode::SUCCESS, "see the findings above");
+    Ok(())
+}
+
+/// `cargo test` of everything that runs on a host.
+fn host_tests() -> Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .current_dir(workspace_root())
+        .args(["test", "--locked"])
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(status.success(), "see the failures above");
+    Ok(())
+}
+
+/// The stages on the emulated PC.
+fn emulated<'a>(parts: &'a setup::Parts, newer: &'a setup::Parts, stages: &mut Vec<Stage<'a>>) {
+    for cpus in [1, 2] {
+        stages.push((
+            format!("conformance, {cpus} CPU(s), kernel 6.1"),
+            Box::new(move || conform(parts, cpus, Flavour::Cloud6_1)),
+        ));
+    }
+    stages.push((
+        "conformance, 1 CPU, kernel 6.12".into(),
+        Box::new(move || conform(newer, 1, Flavour::Cloud6_12)),
+    ));
+    for refusal in REFUSALS {
+        stages.push((
+            refusal.name.into(),
+            Box::new(move || refuse(parts, refusal)),
+        ));
+    }
+    for machine in Machine::ALL {
+        for cpus in [1, 2] {
+            let boot = Boot {
+                cpus,
+                ..Boot::new(machine)
+            };
+            stages.push((
+                format!("guest under QEMU, {} with {cpus} CPU(s)", machine.name()),
+                Box::new(move || guest(parts, &boot, Flavour::Cloud6_1)),
+            ));
+        }
+    }
+    stages.push((
+        "guest under QEMU, microvm with 1 CPU(s), kernel 6.12".into(),
+        Box::new(move || guest(newer, &Boot::new(Machine::Microvm), Flavour::Cloud6_12)),
+    ));
+}
+
+fn conform(parts: &setup::Parts, cpus: u32, flavour: Flavour) -> Result<()> {
+    let script = conformance::script("", false);
+    let outcome = conformance::pc(&parts.module, &parts.conformance, &script)
+        .cpus(cpus)
+        .kernel(flavour)
+        .run(&mut std::io::stdout())?;
+    verdict(&outcome, outcome.success())
+}
+
+fn guest(parts: &setup::Parts, boot: &Boot, flavour: Flavour) -> Result<()> {
+    let mut serial = Vec::new();
+    let outcome = run::boot(parts, boot, flavour, &mut serial)?;
+    let passed = run::passed(&outcome);
+    if !passed {
+        println!("{}", outcome.serial);
+    }
+    verdict(&outcome, passed)
+}
+
+fn verdict(outcome: &Outcome, passed: bool) -> Result<()> {
+    println!("test: {outcome}");
+    ensure!(passed, "it did not pass");
+    Ok(())
+}
+
+/// A machine that may not, or cannot fully, run guests.
+struct Refusal {
+    name: &'static str,
+    model: &'static str,
+    locked: bool,
+    /// What the script checks: shell commands that exit with a code of their own where it is wrong.
+    script: &'static str,
+}
+
+/// haxm.md 1.5 in the references says what HAXM does; `docs/api.md` says what we do.
+const REFUSALS: &[Refusal] = &[
+    Refusal {
+        name: "a processor without VMX",
+        model: cpu::WITHOUT_VMX,
+        locked: false,
+        script: "insmod /haxm.ko && exit 20
+dmesg | grep 'haxm: cannot run guests: the processor has no VT-x' || exit 21
+[ ! -e /dev/HAX ] || exit 22",
+    },
+    Refusal {
+        name: "a processor without EPT",
+        model: cpu::WITHOUT_EPT,
+        locked: false,
+        script: "insmod /haxm.ko || exit 20
+/conformance probe | tee /tmp/probe
+grep -q 'capabilities 0x3fa' /tmp/probe || exit 24
+dmesg | grep 'haxm: the processor has no EPT' || exit 21
+rmmod haxm",
+    },
+    Refusal {
+        name: "a processor without unrestricted guest",
+        model: cpu::WITHOUT_UNRESTRICTED_GUEST,
+        locked: false,
+        script: "insmod /haxm.ko || exit 20
+/conformance probe | tee /tmp/probe || exit 23
+grep -q 0x3fb /tmp/probe || exit 24
+dmesg | grep 'haxm: the processor has no unrestricted guest' || exit 21
+rmmod haxm",
+    },
+    Refusal {
+        name: "VT-x locked off by firmware",
+        model: cpu::HASWELL,
+        locked: true,
+        script: "insmod /haxm.ko || exit 20
+/conformance probe > /tmp/probe && exit 23
+cat /tmp/probe
+grep -q 'not working, reasons 0x1' /tmp/probe || exit 24
+dmesg | grep 'haxm: cannot run guests: VT-x is locked off by firmware' || exit 21
+rmmod haxm",
+    },
+];
+
+fn refuse(parts: &setup::Parts, refusal: &Refusal) -> Result<()> {
+    let mut pc = Pc::new()
+        .cpu(refusal.model)
+        .file("/haxm.ko", &parts.module)
+        .file("/conformance", &parts.conformance)
+        .script(refusal.script);
+    if refusal.locked {
+        pc = pc.feature_control(firmware::LOCKED_OFF);
+    }
+    let outcome = pc.run(&mut std::io::stdout())?;
+    verdict(&outcome, outcome.success())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_failing_stage_fails_the_whole() {
+        let good: Stage<'_> = ("good".into(), Box::new(|| Ok(())));
+        let bad: Stage<'_> = ("bad".into(), Box::new(|| bail!("on purpose")));
+        let code = finish(&[good, bad], Instant::now()).unwrap();
+        assert_eq!(code, ExitCode::FAILURE);
+    }
+}
