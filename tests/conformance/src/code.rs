@@ -22,7 +22,8 @@ pub fn between(start: *const u8, end: *const u8) -> &'static [u8] {
     }
 }
 
-/// Bytes assembled under one directive (`.code16`, `.code32`, `.code64`).
+/// Bytes assembled under one directive (`.code16`, `.code32`, `.code64`); `.balign` up to 64 counts from their
+/// start.
 #[macro_export]
 macro_rules! blob {
     ($bits:literal, $($line:literal),+ $(,)?) => {{
@@ -33,6 +34,7 @@ macro_rules! blob {
         unsafe {
             core::arch::asm!(
                 ".pushsection .rodata.guest, \"a\", @progbits",
+                ".balign 64",
                 "772:",
                 $bits,
                 $($line,)+

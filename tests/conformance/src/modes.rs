@@ -36,6 +36,8 @@ pub const PROTECTED: &[Mode] = &[Mode::Protected, Mode::Paged, Mode::Pae, Mode::
 pub const SIZES: &[Mode] = &[Mode::Real, Mode::Protected, Mode::Long];
 /// 32- and 64-bit code.
 pub const WIDE: &[Mode] = &[Mode::Protected, Mode::Long];
+/// 32-bit code only, without paging and with.
+pub const WIDE32: &[Mode] = &[Mode::Protected, Mode::Pae];
 /// 64-bit code only.
 pub const LONG: &[Mode] = &[Mode::Long];
 /// Those with paging.

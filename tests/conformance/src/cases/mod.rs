@@ -25,12 +25,21 @@ macro_rules! case {
     };
 }
 
+mod control;
+mod cpuid;
+mod exceptions;
 mod hlt;
+mod host;
+mod interrupts;
 mod mmio;
+mod msr;
 mod pio;
+mod registers;
 mod string_io;
 
-use crate::modes::Mode;
+use abi::VcpuState;
+
+use crate::modes::{Mode, selector};
 
 /// Whether a case passed, and if not, why.
 pub type Outcome = anyhow::Result<()>;
@@ -74,4 +83,53 @@ pub const GROUPS: &[Group] = &[
         name: "hlt",
         cases: hlt::CASES,
     },
+    Group {
+        name: "interrupts",
+        cases: interrupts::CASES,
+    },
+    Group {
+        name: "exceptions",
+        cases: exceptions::CASES,
+    },
+    Group {
+        name: "registers",
+        cases: registers::CASES,
+    },
+    Group {
+        name: "control",
+        cases: control::CASES,
+    },
+    Group {
+        name: "cpuid",
+        cases: cpuid::CASES,
+    },
+    Group {
+        name: "msr",
+        cases: msr::CASES,
+    },
+    Group {
+        name: "host",
+        cases: host::CASES,
+    },
 ];
+
+/// Puts a vCPU of protected or long mode into ring 3, where it is.
+fn enter_user(mode: Mode, state: &mut VcpuState) {
+    const RING_3: u32 = 3 << 5;
+    state.cs.selector = if mode == Mode::Long {
+        selector::USER_CODE64
+    } else {
+        selector::USER_CODE32
+    };
+    state.cs.ar |= RING_3;
+    for data in [
+        &mut state.ss,
+        &mut state.ds,
+        &mut state.es,
+        &mut state.fs,
+        &mut state.gs,
+    ] {
+        data.selector = selector::USER_DATA;
+        data.ar |= RING_3;
+    }
+}

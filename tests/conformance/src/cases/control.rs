@@ -1,0 +1,639 @@
+//! Control registers, modes a guest enters by itself, XCR0, and descriptor tables.
+
+use super::{Case, Outcome};
+use crate::code::Code;
+use crate::exit::{fault, fault_code, halt, out};
+use crate::guest;
+use crate::machine::Machine;
+use crate::modes::{DATA, EFER, Mode, PD, PDPT_PAE};
+
+pub const CASES: &[Case] = &[
+    case!(reads_back in WIDE),
+    case!(cr0_cd_and_nw in WIDE),
+    case!(cr0_reserved_high in LONG),
+    case!(cr0_pg_without_pe in SIZES),
+    case!(cr0_nw_without_cd in WIDE),
+    case!(cr4_reserved in WIDE),
+    case!(cr4_vmxe_is_refused in WIDE),
+    case!(cr4_pae_stays_in_long_mode in LONG),
+    case!(cr4_tsd_and_rdtsc in LONG),
+    case!(clts_and_lmsw in SIZES),
+    case!(smsw in SIZES),
+    case!(invd_and_wbinvd in SIZES),
+    case!(invlpg in PAGING),
+    case!(real_to_protected),
+    case!(real_to_protected_and_back),
+    case!(protected_to_long),
+    case!(long_to_protected),
+    case!(compatibility_mode),
+    case!(turn_paging_on_pae),
+    case!(pdpte_reserved_bits),
+    case!(efer_lme_while_paging in LONG),
+    case!(efer_nxe in LONG),
+    case!(syscall_and_sysret),
+    case!(sysenter),
+    case!(swapgs),
+    case!(xsetbv in LONG),
+    case!(xsetbv_refused in LONG),
+    case!(xgetbv_without_osxsave in LONG),
+    case!(descriptor_tables in SIZES),
+    case!(far_call_16),
+    case!(rdpmc in SIZES),
+    case!(pause_and_nop in SIZES),
+    case!(rdtscp in LONG),
+];
+
+fn reads_back(mode: Mode) -> Outcome {
+    let code = Code {
+        bits16: &[],
+        bits32: crate::blob!(
+            ".code32",
+            "mov eax, cr0",
+            "mov ebx, cr3",
+            "mov ecx, cr4",
+            "mov edx, 0x123450",
+            "mov cr2, edx",
+            "hlt"
+        ),
+        bits64: crate::blob!(
+            ".code64",
+            "mov rax, cr0",
+            "mov rbx, cr3",
+            "mov rcx, cr4",
+            "mov edx, 0x123450",
+            "mov cr2, rdx",
+            "hlt"
+        ),
+    };
+    let machine = Machine::new(mode, code)?;
+    let before = machine.regs()?;
+    machine.expect(&[halt()])?;
+    let state = machine.regs()?;
+    same!(
+        (state.rax, state.rbx, state.rcx),
+        (before.cr0, before.cr3, before.cr4),
+        "CR0, CR3, CR4"
+    );
+    same!(state.cr2, 0x123450, "CR2");
+    Ok(())
+}
+
+fn cr0_cd_and_nw(mode: Mode) -> Outcome {
+    let code = Code {
+        bits16: &[],
+        bits32: crate::blob!(
+            ".code32",
+            "mov eax, cr0",
+            "or eax, 0x60000000",
+            "mov cr0, eax",
+            "mov ebx, cr0",
+            "hlt"
+        ),
+        bits64: crate::blob!(
+            ".code64",
+            "mov rax, cr0",
+            "or eax, 0x60000000",
+            "mov cr0, rax",
+            "mov rbx, cr0",
+            "hlt"
+        ),
+    };
+    let machine = Machine::new(mode, code)?;
+    machine.expect(&[halt()])?;
+    let state = machine.regs()?;
+    same!(state.rbx, state.rax, "CR0 read back");
+    same!(state.cr0, state.rax, "CR0 by GET_REGS");
+    Ok(())
+}
+
+fn cr0_reserved_high(mode: Mode) -> Outcome {
+    let code = guest!(64: "mov rax, cr0", "bts rax, 40", "mov cr0, rax", "hlt");
+    Machine::new(mode, code)?.expect(&[fault_code(13, 0)])
+}
+
+fn cr0_pg_without_pe(mode: Mode) -> Outcome {
+    let code = Code {
+        bits16: crate::blob!(".code16", "mov eax, 0x80000010", "mov cr0, eax", "hlt"),
+        bits32: crate::blob!(".code32", "mov eax, 0x80000010", "mov cr0, eax", "hlt"),
+        bits64: crate::blob!(".code64", "mov eax, 0x80000010", "mov cr0, rax", "hlt"),
+    };
+    let wanted = if mode == Mode::Real {
+        fault(13)
+    } else {
+        fault_code(13, 0)
+    };
+    Machine::new(mode, code)?.expect(&[wanted])
+}
+
+fn cr0_nw_without_cd(mode: Mode) -> Outcome {
+    let code = Code {
+        bits16: &[],
+        bits32: crate::blob!(
+            ".code32",
+            "mov eax, cr0",
+            "or eax, 0x20000000",
+            "mov cr0, eax",
+            "hlt"
+        ),
+        bits64: crate::blob!(
+            ".code64",
+            "mov rax, cr0",
+            "or eax, 0x20000000",
+            "mov cr0, rax",
+            "hlt"
+        ),
+    };
+    Machine::new(mode, code)?.expect(&[fault_code(13, 0)])
+}
+
+fn set_cr4_bit(bit: u32) -> Code {
+    match bit {
+        13 => Code {
+            bits16: &[],
+            bits32: crate::blob!(
+                ".code32",
+                "mov eax, cr4",
+                "bts eax, 13",
+                "mov cr4, eax",
+                "hlt"
+            ),
+            bits64: crate::blob!(
+                ".code64",
+                "mov rax, cr4",
+                "bts rax, 13",
+                "mov cr4, rax",
+                "hlt"
+            ),
+        },
+        _ => Code {
+            bits16: &[],
+            bits32: crate::blob!(
+                ".code32",
+                "mov eax, cr4",
+                "bts eax, 31",
+                "mov cr4, eax",
+                "hlt"
+            ),
+            bits64: crate::blob!(
+                ".code64",
+                "mov rax, cr4",
+                "bts rax, 31",
+                "mov cr4, rax",
+                "hlt"
+            ),
+        },
+    }
+}
+
+fn cr4_reserved(mode: Mode) -> Outcome {
+    Machine::new(mode, set_cr4_bit(31))?.expect(&[fault_code(13, 0)])
+}
+
+fn cr4_vmxe_is_refused(mode: Mode) -> Outcome {
+    let machine = Machine::new(mode, set_cr4_bit(13))?;
+    machine.expect(&[fault_code(13, 0)])?;
+    same!(machine.regs()?.cr4 & 0x2000, 0, "CR4.VMXE");
+    Ok(())
+}
+
+fn cr4_pae_stays_in_long_mode(mode: Mode) -> Outcome {
+    let code = guest!(64: "mov rax, cr4", "btr rax, 5", "mov cr4, rax", "hlt");
+    Machine::new(mode, code)?.expect(&[fault_code(13, 0)])
+}
+
+/// CR4.TSD is the guest's own affair: ring 3 gets #GP, ring 0 the counter.
+fn cr4_tsd_and_rdtsc(mode: Mode) -> Outcome {
+    let machine = Machine::new(mode, guest!(64: "rdtsc", "hlt"))?;
+    machine.set(|state| state.cr4 |= 4)?;
+    machine.expect(&[halt()])?;
+    let machine = Machine::new(mode, guest!(64: "rdtsc", "hlt"))?;
+    machine.set(|state| {
+        state.cr4 |= 4;
+        super::enter_user(mode, state);
+    })?;
+    machine.expect(&[fault_code(13, 0)])?;
+    same!(machine.frame_rip(true)?, mode.entry(), "RIP of RDTSC");
+    Ok(())
+}
+
+fn clts_and_lmsw(mode: Mode) -> Outcome {
+    let code = guest!(
+        "smsw bx", "or bx, 8", "lmsw bx", "smsw cx", "clts", "smsw dx", "hlt"
+    );
+    let machine = Machine::new(mode, code)?;
+    machine.set(|state| {
+        state.rcx = 0;
+        state.rdx = 0;
+    })?;
+    machine.expect(&[halt()])?;
+    let state = machine.regs()?;
+    same!(
+        (state.rcx & 8, state.rdx & 8),
+        (8, 0),
+        "TS after LMSW and CLTS"
+    );
+    Ok(())
+}
+
+fn smsw(mode: Mode) -> Outcome {
+    let machine = Machine::new(mode, guest!("smsw ax", "smsw word ptr [edi]", "hlt"))?;
+    machine.set(|state| {
+        state.rax = 0xffff_0000;
+        state.rdi = DATA;
+    })?;
+    machine.expect(&[halt()])?;
+    let state = machine.regs()?;
+    same!(state.rax, 0xffff_0000 | state.cr0 & 0xffff, "AX");
+    same!(machine.ram.number(DATA, 2), state.cr0 & 0xffff, "memory");
+    Ok(())
+}
+
+fn invd_and_wbinvd(mode: Mode) -> Outcome {
+    let machine = Machine::new(
+        mode,
+        guest!(
+            "mov dword ptr [edi], 7",
+            "invd",
+            "wbinvd",
+            "mov eax, [edi]",
+            "hlt"
+        ),
+    )?;
+    machine.set(|state| state.rdi = DATA)?;
+    machine.expect(&[halt()])?;
+    same!(machine.regs()?.rax, 7, "memory was not lost");
+    Ok(())
+}
+
+/// A page moves: the old translation is used no more after INVLPG.
+fn invlpg(mode: Mode) -> Outcome {
+    let code = guest!(
+        "mov eax, [edi]",
+        "out 0x80, al",
+        "invlpg [edi]",
+        "mov eax, [edi]",
+        "hlt"
+    );
+    let machine = Machine::new(mode, code)?;
+    machine.ram.write_u32(DATA, 0x11);
+    machine.ram.write_u32(DATA + 0x1000, 0x22);
+    machine.set(|state| state.rdi = DATA)?;
+    machine.expect(&[out(0x80, 1, 0x11)])?;
+    let (at, size) = mode.page_entry(DATA >> 12);
+    machine
+        .ram
+        .write(at, &((DATA + 0x1000) | 0x67).to_le_bytes()[..size]);
+    machine.expect(&[halt()])?;
+    same!(machine.regs()?.rax, 0x22, "what is read");
+    Ok(())
+}
+
+/// A machine in real mode that has the tables of another.
+fn real_with_tables_of(mode: Mode, code: Code) -> anyhow::Result<Machine> {
+    let machine = Machine::new(Mode::Real, code)?;
+    crate::modes::write_tables(mode, &machine.ram);
+    machine.set(|state| {
+        state.gdt = crate::modes::registers(mode).gdt;
+        state.idt = crate::modes::registers(mode).idt;
+    })?;
+    Ok(machine)
+}
+
+fn real_to_protected() -> Outcome {
+    let code = guest!(16:
+        "mov eax, cr0", "or al, 1", "mov cr0, eax",
+        ".byte 0x66, 0xea, 0x20, 0x00, 0x01, 0x00, 0x08, 0x00", // jmp 8:10020h
+        ".balign 32",
+        ".code32",
+        "mov eax, 0x10", "mov ds, eax", "mov ss, eax", "mov eax, 0x12345678", "out 0x80, eax", "hlt");
+    let machine = real_with_tables_of(Mode::Protected, code)?;
+    machine.expect(&[out(0x80, 4, 0x12345678), halt()])?;
+    let state = machine.regs()?;
+    same!(state.cs.selector, 8, "CS");
+    same!(state.cs.base, 0, "CS base");
+    same!(state.cs.limit, u32::MAX, "CS limit");
+    same!(state.cr0 & 1, 1, "CR0.PE");
+    Ok(())
+}
+
+fn real_to_protected_and_back() -> Outcome {
+    let code = guest!(16:
+        "mov eax, cr0", "or al, 1", "mov cr0, eax",
+        "mov bx, 0x10", "mov fs, bx",
+        "and al, 0xfe", "mov cr0, eax",
+        "mov ebx, 0x180000", "mov byte ptr fs:[ebx], 0x5e",
+        "mov al, 3", "out 0x80, al", "hlt");
+    let machine = real_with_tables_of(Mode::Protected, code)?;
+    machine.expect(&[out(0x80, 1, 3), halt()])?;
+    same!(
+        machine.ram.read(0x180000, 1),
+        vec![0x5e],
+        "above 1 MB, by unreal mode"
+    );
+    same!(machine.regs()?.cr0 & 1, 0, "CR0.PE");
+    Ok(())
+}
+
+fn protected_to_long() -> Outcome {
+    let code = guest!(32:
+        "mov eax, cr4", "or eax, 0x20", "mov cr4, eax",
+        "mov eax, 0x3000", "mov cr3, eax",
+        "mov ecx, 0xc0000080", "rdmsr", "or eax, 0x100", "wrmsr",
+        "mov eax, cr0", "or eax, 0x80000000", "mov cr0, eax",
+        "rdmsr", "mov ebx, eax",
+        ".byte 0xea, 0x40, 0x00, 0x01, 0x00, 0x18, 0x00", // jmp 18h:10040h
+        ".balign 64",
+        ".code64",
+        "mov rax, 0x1122334455667788", "mov rcx, rax", "out 0x80, al", "hlt");
+    let machine = Machine::new(Mode::Protected, code)?;
+    crate::modes::write_tables(Mode::Long, &machine.ram);
+    machine.expect(&[out(0x80, 1, 0x88), halt()])?;
+    let state = machine.regs()?;
+    same!(state.rbx & 0x500, 0x500, "EFER: LME and LMA");
+    same!(state.rcx, 0x1122334455667788, "RCX");
+    same!(state.cs.ar & 0x2000, 0x2000, "CS.L");
+    same!(machine.vcpu.msrs(&[EFER])?, vec![0x500], "EFER by GET_MSRS");
+    Ok(())
+}
+
+fn long_to_protected() -> Outcome {
+    let code = guest!(64:
+        "push 8", "lea rax, [rip + 2f]", "push rax", ".byte 0x48, 0xcb", // retfq
+        ".code32",
+        "2: mov eax, cr0", "and eax, 0x7fffffff", "mov cr0, eax",
+        "mov ecx, 0xc0000080", "rdmsr", "mov ebx, eax",
+        "and eax, 0xfffffeff", "wrmsr", "out 0x80, al", "hlt");
+    let machine = Machine::new(Mode::Long, code)?;
+    machine.expect(&[out(0x80, 1, 1), halt()])?;
+    let state = machine.regs()?;
+    same!(state.rbx & 0x500, 0x100, "EFER: LME without LMA");
+    same!(state.cr0 >> 31, 0, "CR0.PG");
+    Ok(())
+}
+
+fn compatibility_mode() -> Outcome {
+    let code = guest!(64:
+        "push 8", "lea rax, [rip + 2f]", "push rax", ".byte 0x48, 0xcb",
+        ".code32",
+        "2: mov eax, 0x55", "inc eax", "out 0x80, al",
+        "mov edi, 0xd0000", "mov [edi], eax",
+        "mov ecx, 2", "mov esi, 0xc000", "rep outsb", "hlt");
+    let machine = Machine::new(Mode::Long, code)?;
+    machine.ram.write(DATA, &[8, 9]);
+    machine.set(|state| state.rdx = 0x99)?;
+    machine.expect(&[
+        out(0x80, 1, 0x56),
+        crate::exit::write(crate::modes::DEVICE, 4, 0x56),
+        crate::exit::outs(0x99, 1, &[8, 9], 0),
+        halt(),
+    ])
+}
+
+/// The guest turns PAE paging on: the PDPTEs are read at MOV to CR0, from then on held by the processor.
+fn turn_paging_on_pae() -> Outcome {
+    let code = guest!(32:
+        "mov eax, cr4", "or eax, 0x20", "mov cr4, eax",
+        "mov eax, 0x7000", "mov cr3, eax",
+        "mov eax, cr0", "or eax, 0x80000000", "mov cr0, eax",
+        "mov eax, [edi]", "out 0x80, al",
+        "mov eax, cr3", "mov cr3, eax",
+        "mov eax, [edi]", "hlt");
+    let machine = Machine::new(Mode::Protected, code)?;
+    crate::modes::write_tables(Mode::Pae, &machine.ram);
+    machine.ram.write_u32(DATA, 0x33);
+    machine.ram.write_u32(DATA + 0x1000, 0x44);
+    machine.set(|state| state.rdi = DATA)?;
+    machine.expect(&[out(0x80, 1, 0x33)])?;
+    // Another directory and table for the first 2 MB, where data is one page further.
+    let (pd, pt) = (0x190000, 0x191000);
+    machine.ram.write(pd, &machine.ram.read(PD, 0x1000));
+    machine.ram.write(pt, &machine.ram.read(0x6000, 0x1000));
+    machine.ram.write_u64(pd, pt | 7);
+    machine
+        .ram
+        .write_u64(pt + (DATA >> 12) * 8, (DATA + 0x1000) | 0x67);
+    machine.ram.write_u64(PDPT_PAE, pd | 1);
+    machine.expect(&[halt()])?;
+    same!(machine.regs()?.rax, 0x44, "what is read after MOV to CR3");
+    Ok(())
+}
+
+/// SDM 4.4.1: #GP, at the instruction that would have loaded them.
+fn pdpte_reserved_bits() -> Outcome {
+    let code = guest!(32: "mov eax, cr3", "out 0x80, al", "mov cr3, eax", "hlt");
+    let machine = Machine::new(Mode::Pae, code)?;
+    machine.expect(&[out(0x80, 1, 0)])?;
+    machine.ram.write_u64(PDPT_PAE + 24, 0x1e7);
+    machine.expect(&[fault_code(13, 0)])?;
+    same!(
+        machine.frame_rip(true)?,
+        crate::modes::CODE + 5,
+        "RIP of MOV to CR3"
+    );
+    Ok(())
+}
+
+fn efer_lme_while_paging(mode: Mode) -> Outcome {
+    let code = guest!(64: "mov ecx, 0xc0000080", "rdmsr", "btr eax, 8", "wrmsr", "hlt");
+    Machine::new(mode, code)?.expect(&[fault_code(13, 0)])
+}
+
+/// A page that is not to be executed; with EFER.NXE clear the same bit is reserved.
+fn efer_nxe(mode: Mode) -> Outcome {
+    let code = guest!(64:
+        "jmp rdi");
+    let machine = Machine::new(mode, code)?;
+    let (at, _) = mode.page_entry(DATA >> 12);
+    machine.ram.write_u64(at, DATA | 0x67 | 1 << 63);
+    machine.set(|state| state.rdi = DATA)?;
+    machine.expect(&[fault_code(14, 0x11)])?;
+    let code =
+        guest!(64: "mov ecx, 0xc0000080", "rdmsr", "btr eax, 11", "wrmsr", "mov al, [rdi]", "hlt");
+    let machine = Machine::new(mode, code)?;
+    machine.ram.write_u64(at, DATA | 0x67 | 1 << 63);
+    machine.set(|state| state.rdi = DATA)?;
+    machine.expect(&[fault_code(14, 9)])
+}
+
+fn syscall_and_sysret() -> Outcome {
+    let code = guest!(64:
+        "mov ebx, 1", "syscall", "mov bl, 3", "2: in al, 0x70", "jmp 2b",
+        ".balign 64",
+        "out 0x80, al", "mov rdi, rcx", "mov rsi, r11", "hlt");
+    let machine = Machine::new(Mode::Long, code)?;
+    let done = machine.vcpu.set_msrs(&[
+        (0xc000_0081, 0x001b_0018_0000_0000),
+        (0xc000_0082, crate::modes::CODE + 64),
+        (0xc000_0084, 0x200),
+    ])?;
+    same!(done, 3, "SET_MSRS");
+    machine.set(|state| {
+        super::enter_user(Mode::Long, state);
+        state.rflags |= 0x200;
+    })?;
+    machine.expect(&[out(0x80, 1, 0), halt()])?;
+    let state = machine.regs()?;
+    same!(state.rdi, crate::modes::CODE + 7, "RCX: behind SYSCALL");
+    same!(state.rsi & 0x200, 0x200, "R11: RFLAGS");
+    same!(state.rflags & 0x200, 0, "IF, by FMASK");
+    same!(state.cs.selector, 0x18, "CS");
+    Ok(())
+}
+
+fn sysenter() -> Outcome {
+    let code = guest!(32: "sysenter", ".balign 64", "out 0x80, al", "hlt");
+    let machine = Machine::new(Mode::Pae, code)?;
+    let done = machine.vcpu.set_msrs(&[
+        (0x174, 8),
+        (0x175, 0xb800),
+        (0x176, crate::modes::CODE + 64),
+    ])?;
+    same!(done, 3, "SET_MSRS");
+    machine.set(|state| super::enter_user(Mode::Pae, state))?;
+    machine.expect(&[out(0x80, 1, 0), halt()])?;
+    let state = machine.regs()?;
+    same!(
+        (state.cs.selector, state.ss.selector),
+        (8, 0x10),
+        "CS and SS"
+    );
+    same!(state.rsp, 0xb800, "ESP");
+    Ok(())
+}
+
+/// KERNEL_GS_BASE goes with the vCPU though SWAPGS never exits.
+fn swapgs() -> Outcome {
+    let code = guest!(64:
+        "swapgs", "mov eax, gs:[0]", "out 0x80, al",
+        "swapgs", "mov eax, gs:[0]", "hlt");
+    let machine = Machine::new(Mode::Long, code)?;
+    machine.ram.write_u32(DATA, 0x77);
+    machine.ram.write_u32(DATA + 0x1000, 0x66);
+    machine.vcpu.set_msrs(&[(0xc000_0102, DATA + 0x1000)])?;
+    machine.set(|state| state.gs.base = DATA)?;
+    machine.expect(&[out(0x80, 1, 0x66)])?;
+    same!(
+        machine.vcpu.msrs(&[0xc000_0102])?,
+        vec![DATA],
+        "KERNEL_GS_BASE between"
+    );
+    machine.expect(&[halt()])?;
+    same!(machine.regs()?.rax, 0x77, "EAX");
+    same!(
+        machine.vcpu.msrs(&[0xc000_0102])?,
+        vec![DATA + 0x1000],
+        "KERNEL_GS_BASE"
+    );
+    Ok(())
+}
+
+fn xsetbv(mode: Mode) -> Outcome {
+    let code = guest!(64:
+        "mov rax, cr4", "bts rax, 18", "mov cr4, rax",
+        "xor ecx, ecx", "xgetbv", "mov ebx, eax",
+        "xor ecx, ecx", "xor edx, edx", "mov eax, 7", "xsetbv",
+        "xor eax, eax", "xgetbv", "mov esi, eax", "hlt");
+    let machine = Machine::new(mode, code)?;
+    machine.expect(&[halt()])?;
+    let state = machine.regs()?;
+    same!((state.rbx, state.rsi), (1, 7), "XCR0 before and after");
+    Ok(())
+}
+
+fn xsetbv_refused(mode: Mode) -> Outcome {
+    // Without x87, AVX without SSE, a bit nobody has, another register.
+    for (index, value) in [(0, 6), (0, 5), (0, 1 << 30 | 7), (1, 7)] {
+        let code = guest!(64:
+            "mov rax, cr4", "bts rax, 18", "mov cr4, rax", "mov rax, rbx", "xor edx, edx", "xsetbv", "hlt");
+        let machine = Machine::new(mode, code)?;
+        machine.set(|state| {
+            state.rbx = value;
+            state.rcx = index;
+        })?;
+        machine.expect(&[fault_code(13, 0)])?;
+    }
+    Ok(())
+}
+
+fn xgetbv_without_osxsave(mode: Mode) -> Outcome {
+    for code in [
+        guest!(64: "xor ecx, ecx", "xgetbv"),
+        guest!(64: "xor ecx, ecx", "xsetbv"),
+    ] {
+        Machine::new(mode, code)?.expect(&[fault(6)])?;
+    }
+    Ok(())
+}
+
+fn descriptor_tables(mode: Mode) -> Outcome {
+    let code = guest!(
+        "sgdt [edi]",
+        "sidt [edi + 16]",
+        "lidt [esi]",
+        "sidt [edi + 32]",
+        "hlt"
+    );
+    let machine = Machine::new(mode, code)?;
+    machine
+        .ram
+        .write(DATA + 0x100, &[0xff, 0x01, 0x00, 0x20, 0x0a, 0, 0, 0, 0, 0]);
+    machine.set(|state| {
+        state.rdi = DATA;
+        state.rsi = DATA + 0x100;
+    })?;
+    machine.expect(&[halt()])?;
+    let state = machine.regs()?;
+    same!(
+        machine.ram.number(DATA, 2),
+        u64::from(state.gdt.limit),
+        "SGDT limit"
+    );
+    same!(machine.ram.number(DATA + 2, 3), state.gdt.base, "SGDT base");
+    same!((state.idt.base, state.idt.limit), (0xa2000, 0x1ff), "LIDT");
+    same!(machine.ram.number(DATA + 34, 3), 0xa2000, "SIDT");
+    Ok(())
+}
+
+fn far_call_16() -> Outcome {
+    let code = guest!(16:
+        ".byte 0x9a, 0x20, 0x00, 0x00, 0x10", // call 1000h:20h
+        "mov bl, 1", "hlt",
+        ".balign 32", "out 0x80, al", ".byte 0xcb"); // retf
+    let machine = Machine::new(Mode::Real, code)?;
+    machine.expect(&[out(0x80, 1, 0), halt()])?;
+    same!(machine.regs()?.rbx, 1, "BL");
+    Ok(())
+}
+
+fn rdpmc(mode: Mode) -> Outcome {
+    let wanted = if mode == Mode::Real {
+        fault(13)
+    } else {
+        fault_code(13, 0)
+    };
+    let code = guest!("mov ecx, 0x7f", "rdpmc", "hlt");
+    Machine::new(mode, code)?.expect(&[wanted])
+}
+
+fn pause_and_nop(mode: Mode) -> Outcome {
+    let code = guest!(
+        "mov ecx, 100",
+        "2: pause",
+        "nop",
+        "dec ecx",
+        "jnz 2b",
+        "hlt"
+    );
+    Machine::new(mode, code)?.expect(&[halt()])
+}
+
+/// The counter, and TSC_AUX in ECX.
+fn rdtscp(mode: Mode) -> Outcome {
+    let machine = Machine::new(mode, guest!(64: "rdtscp", "mov ebx, ecx", "hlt"))?;
+    let done = machine.vcpu.set_msrs(&[(0xc000_0103, 0x1234)])?;
+    same!(done, 1, "SET_MSRS(TSC_AUX)");
+    machine.expect(&[halt()])?;
+    let state = machine.regs()?;
+    same!(state.rbx, 0x1234, "TSC_AUX");
+    Ok(())
+}
