@@ -391,6 +391,9 @@ unsafe impl Host for FakeHost {
     unsafe fn set_vmxe(&self, _on: bool) {
         unimplemented!()
     }
+    fn yield_now(&self) {
+        std::thread::yield_now();
+    }
     fn guest_left(&self) {
         unimplemented!()
     }
