@@ -300,6 +300,12 @@ impl Cpu for SimCpu {
         self.with_pinned("INT 2", |_, state, _| state.counts.raise_nmi += 1);
     }
 
+    unsafe fn raise_machine_check(&self) {
+        self.with_pinned("INT 18", |_, state, _| {
+            state.counts.raise_machine_check += 1;
+        });
+    }
+
     unsafe fn vmxon(&self, region: Hpa) -> Result<(), VmxFailure> {
         self.with_pinned("VMXON", |profile, state, cpu| {
             state.vmxon(profile, cpu, region.0)

@@ -40,6 +40,7 @@ pub struct Counts {
     pub xrstor: u64,
     pub xsetbv: u64,
     pub raise_nmi: u64,
+    pub raise_machine_check: u64,
     pub host_interrupts: u64,
     /// Exits by basic reason.
     pub exits: BTreeMap<u16, u64>,

@@ -2,10 +2,12 @@
 //! host that moves memory and threads about. Nothing may be found, nothing may
 //! be left. Every life is a seed; a failing one prints it.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use abi::debug::VcpuDebug;
 use abi::tunnel::{ExitStatus, offset};
 use abi::vcpu_state::SegmentDesc;
-use sim::client::{CODE, Client, RAM_SIZE};
+use sim::client::{Client, RAM_SIZE};
 use sim::{Access, Guest, Machine, Profile, Step, StringIo};
 use vmx::arch::addr::Hva;
 
@@ -258,7 +260,32 @@ fn request(r: &mut Random, client: &Client, wild: bool) {
     }
 }
 
-fn life(seed: u64, profile: Profile, wild: bool) {
+/// Puts a real access to a device where the guest is, for the emulator.
+fn access_device(r: &mut Random, client: &Client) {
+    let rip = client.regs().rip;
+    if rip >= RAM_SIZE - 16 {
+        return;
+    }
+    let at = 0xfee0_0000 + r.below(0x100) * 8;
+    // MOV [RDI], EAX or MOV EAX, [RDI].
+    let (opcode, access) = r.pick(&[(0x89, Access::Write), (0x8b, Access::Read)]);
+    client.load(rip, &[opcode, 0x07]);
+    client.machine.script([
+        Step::set_gpr(7, at),
+        Step::new("device", 2, move |guest: &mut Guest<'_>| {
+            guest.touch(at, access).map(|_| ())
+        }),
+    ]);
+}
+
+/// What the lives of one test did, so that none of them is empty.
+#[derive(Default)]
+struct Seen {
+    exits: BTreeMap<u16, u64>,
+    statuses: BTreeSet<u32>,
+}
+
+fn life(seed: u64, profile: Profile, wild: bool, seen: &mut Seen) {
     let mut r = Random(seed);
     let machine = Machine::new(profile, 3);
     machine.set_migrate(r.one_in(2));
@@ -273,15 +300,15 @@ fn life(seed: u64, profile: Profile, wild: bool) {
     };
     let mode = r.pick(modes);
     mode(&client);
-    // Whatever the emulator finds at RIP: a store, then a load.
-    let mut code = [0x90; 0x400];
-    code[..8].copy_from_slice(&[0x89, 0x07, 0x8b, 0x07, 0xf3, 0x6c, 0xf3, 0x6e]);
-    client.load(CODE, &code);
     for _ in 0..60 {
+        if r.one_in(3) {
+            access_device(&mut r, &client);
+        }
         let count = r.below(6);
         let steps: Vec<Step> = (0..count).map(|_| step(&mut r)).collect();
         machine.script(steps);
         let result = client.vcpu.run();
+        seen.statuses.insert(client.tunnel().exit_status);
         match (result, client.tunnel().status()) {
             (Ok(()), Some(ExitStatus::StateChange)) => break,
             (Ok(()), Some(status)) => assert_ne!(status, ExitStatus::Unknown),
@@ -294,6 +321,9 @@ fn life(seed: u64, profile: Profile, wild: bool) {
     }
     if !wild {
         assert_eq!(machine.entry_failures(), []);
+    }
+    for (reason, count) in machine.counts().exits {
+        *seen.exits.entry(reason).or_default() += count;
     }
     client.finish();
 }
@@ -316,10 +346,28 @@ fn lives(profile: fn() -> Profile, wild: bool) {
         Some(seed) => seed..seed + count.unwrap_or(1),
         None => 0..count.unwrap_or(60),
     };
+    let mut seen = Seen::default();
     for seed in range {
         let profile = profile();
         let _named = Named(profile.name, seed);
-        life(seed, profile, wild);
+        life(seed, profile, wild, &mut seen);
+    }
+    if first.is_none() && !wild {
+        for reason in [0, 1, 7, 10, 12, 28, 29, 30, 31, 32, 48, 55] {
+            assert!(
+                seen.exits.contains_key(&reason),
+                "no exit {reason}: {:?}",
+                seen.exits
+            );
+        }
+        // IO, INTERRUPT, HLT, FAST_MMIO, PAGEFAULT, DEBUG.
+        for status in [1, 4, 6, 9, 10, 11] {
+            assert!(
+                seen.statuses.contains(&status),
+                "no status {status}: {:?}",
+                seen.statuses
+            );
+        }
     }
 }
 
