@@ -245,6 +245,18 @@ fn a_host_nmi_reaches_the_host_once() {
 }
 
 #[test]
+fn a_machine_check_is_the_hosts_and_ends_the_guest() {
+    let client = client();
+    let machine_check = vmx::arch::event::vector::MC;
+    assert_eq!(
+        client.run([Step::exception(machine_check, None, 0)]),
+        ExitStatus::StateChange
+    );
+    assert_eq!(client.machine.counts().raise_machine_check, 1);
+    client.finish();
+}
+
+#[test]
 fn a_kick_ends_a_run_on_another_thread() {
     let client = client();
     let vcpu = client.vcpu.clone();

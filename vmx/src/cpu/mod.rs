@@ -182,6 +182,13 @@ pub trait Cpu: Send + Sync + 'static {
     /// Called right after that exit, once per exit.
     unsafe fn raise_nmi(&self);
 
+    /// Raises the host's machine-check handler by INT 18, for a machine check
+    /// that caused an exit.
+    ///
+    /// # Safety
+    /// Called right after that exit, once per exit.
+    unsafe fn raise_machine_check(&self);
+
     /// VMXON with the region at `region`.
     ///
     /// # Safety

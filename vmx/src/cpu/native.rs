@@ -293,6 +293,12 @@ impl Cpu for Native {
         unsafe { asm!("int 2") };
     }
 
+    unsafe fn raise_machine_check(&self) {
+        // SAFETY: the caller stands right behind a machine-check exit; the
+        // host's handler reads the banks and preserves every register.
+        unsafe { asm!("int 18") };
+    }
+
     vmx_on_memory!(vmxon, "vmxon qword ptr [{operand}]");
     vmx_on_memory!(vmclear, "vmclear qword ptr [{operand}]");
     vmx_on_memory!(vmptrld, "vmptrld qword ptr [{operand}]");

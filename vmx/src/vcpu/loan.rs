@@ -135,6 +135,12 @@ impl<H: Host> Vcpu<H> {
         Ok(result)
     }
 
+    /// Sends a machine check that caused an exit to the host.
+    pub(super) fn raise_host_machine_check(current: &Current<'_, H>) {
+        // SAFETY: called once, right after a machine-check exit.
+        unsafe { current.cpu().raise_machine_check() };
+    }
+
     /// Sends an NMI that caused an exit to the host.
     pub(super) fn raise_host_nmi(current: &Current<'_, H>) {
         // SAFETY: called once, right after an NMI exit.

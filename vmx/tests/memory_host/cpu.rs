@@ -50,6 +50,7 @@ impl Cpu for NoCpu {
         #[raw] fn xsave(area: *mut u8, mask: u64);
         #[raw] fn xrstor(area: *const u8, mask: u64);
         #[raw] fn raise_nmi();
+        #[raw] fn raise_machine_check();
         #[raw] fn vmxon(region: Hpa) -> Result<(), VmxFailure>;
         #[raw] fn vmxoff() -> Result<(), VmxFailure>;
         #[raw] fn vmclear(vmcs: Hpa) -> Result<(), VmxFailure>;

@@ -38,8 +38,9 @@ pub fn handle<H: Host>(
             report(vcpu, inner, current, 0, 0)
         }
         vector::MC => {
-            // The host's own handler sees the machine check through its banks;
-            // this guest was running when it came and cannot be trusted.
+            // The host's handler decides what it means for the host; this
+            // guest was running when it came and cannot be trusted.
+            Vcpu::raise_host_machine_check(current);
             log::error!("machine check while the guest ran");
             lost(inner, "machine check")
         }
