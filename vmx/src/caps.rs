@@ -141,6 +141,8 @@ pub struct Caps {
     pub cr4_fixed0: u64,
     /// CR4 bits that may be 1 in VMX operation.
     pub cr4_fixed1: u64,
+    /// IBPB exists: IA32_PRED_CMD bit 0, CPUID.7.0:EDX\[26\].
+    pub has_ibpb: bool,
     /// Bits of a physical address, CPUID.80000008H:EAX\[7:0\].
     pub physical_bits: u8,
 }
@@ -331,6 +333,7 @@ pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
         cr0_fixed1: read(msr::IA32_VMX_CR0_FIXED1),
         cr4_fixed0: read(msr::IA32_VMX_CR4_FIXED0),
         cr4_fixed1: read(msr::IA32_VMX_CR4_FIXED1),
+        has_ibpb: cpu.cpuid(0, 0).eax >= 7 && cpu.cpuid(7, 0).edx & (1 << 26) != 0,
         physical_bits,
     })
 }

@@ -48,6 +48,8 @@ pub struct Operation<H: Host> {
     host: H,
     cpus: Vec<PerCpu<H>>,
     active: Vec<Active>,
+    /// See [`Operation::forget_branches`].
+    has_ibpb: bool,
     /// Some VM exists: processors that come online enter VMX operation.
     wanted: AtomicBool,
     /// VPIDs are in use; without them INVVPID may be #UD.
@@ -89,6 +91,7 @@ impl<H: Host> Operation<H> {
             host: host.clone(),
             cpus,
             active,
+            has_ibpb: caps.has_ibpb,
             wanted: AtomicBool::new(false),
             has_vpid: caps.has_vpid(),
         })
@@ -291,6 +294,7 @@ impl<H: Host> Operation<H> {
             unsafe { self.host.cpu().vmptrld(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
             here.current.store(vmcs, Ordering::SeqCst);
             active.cpu.store(number, Ordering::SeqCst);
+            self.forget_branches();
         }
         Ok(Loan {
             operation: self,
@@ -298,6 +302,15 @@ impl<H: Host> Operation<H> {
             borrowed: None,
             _off: off,
         })
+    }
+
+    /// Another guest than the last one is about to run here: it must not steer
+    /// predictions with what that one left. SDM vol. 4, table 2-2, IA32_PRED_CMD.
+    fn forget_branches(&self) {
+        if self.has_ibpb {
+            // SAFETY: the register exists, and the write only costs time.
+            unsafe { self.host.cpu().wrmsr(msr::IA32_PRED_CMD, 1) };
+        }
     }
 
     /// [`Operation::load`] inside another hypervisor's VMX operation.
@@ -318,6 +331,7 @@ impl<H: Host> Operation<H> {
         unsafe { cpu.vmclear(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
         // SAFETY: as above.
         unsafe { cpu.vmptrld(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
+        self.forget_branches();
         if ours {
             here.current.store(vmcs, Ordering::SeqCst);
             active.cpu.store(self.host.current_cpu(), Ordering::SeqCst);

@@ -257,6 +257,25 @@ fn a_machine_check_is_the_hosts_and_ends_the_guest() {
 }
 
 #[test]
+fn a_change_of_guest_bars_its_branch_predictions() {
+    let client = Client::new(&Machine::new(Profile::skylake_x(), 1));
+    let other = vmx::Vm::create_vcpu(&client.vm, 1).unwrap();
+    let writes = || {
+        let before = client.machine.counts().wrmsr;
+        assert_eq!(client.run([Step::output(1, 1, 1)]), ExitStatus::Io);
+        client.machine.counts().wrmsr - before
+    };
+    writes();
+    let again = writes();
+    other.regs().unwrap();
+    // IA32_PRED_CMD, and nothing else that the run before did not write.
+    assert_eq!(writes(), again + 1);
+    assert_eq!(writes(), again);
+    drop(other);
+    client.finish();
+}
+
+#[test]
 fn a_kick_ends_a_run_on_another_thread() {
     let client = client();
     let vcpu = client.vcpu.clone();
@@ -524,6 +543,17 @@ fn exceptions_that_exit_go_back_to_the_guest() {
     assert_eq!((received[0].vector, received[0].injected), (14, false));
     assert_eq!(client.regs().cr2, 0xabcd);
     client.run([Step::act(|guest| assert_eq!(guest.cr2(), 0xabcd))]);
+    client.finish();
+}
+
+#[test]
+fn cr2_is_the_guests_own() {
+    let client = client();
+    // The host's is 0xdead0000.
+    client.run([Step::act(|guest| assert_eq!(guest.cr2(), 0))]);
+    client.change_regs(|state| state.cr2 = 0x1234_5678);
+    client.run([Step::act(|guest| assert_eq!(guest.cr2(), 0x1234_5678))]);
+    assert_eq!(client.regs().cr2, 0x1234_5678);
     client.finish();
 }
 
