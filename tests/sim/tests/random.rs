@@ -344,7 +344,7 @@ fn lives(profile: fn() -> Profile, wild: bool) {
     let count = std::env::var("SIM_LIVES").ok().and_then(|s| s.parse().ok());
     let range = match first {
         Some(seed) => seed..seed + count.unwrap_or(1),
-        None => 0..count.unwrap_or(60),
+        None => 0..count.unwrap_or(40),
     };
     let mut seen = Seen::default();
     for seed in range {
