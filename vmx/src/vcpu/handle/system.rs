@@ -4,7 +4,7 @@ use abi::tunnel::ExitStatus;
 
 use super::{Next, advance, raise};
 use crate::arch::event::Exception;
-use crate::arch::reg::Cr4;
+use crate::arch::reg::{Cr4, Rflags};
 use crate::host::Host;
 use crate::vcpu::cpuid::View;
 use crate::vcpu::vmcs::Current;
@@ -42,10 +42,13 @@ pub fn cpuid<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_
     Next::Resume
 }
 
-/// HLT with nothing to wake it is the client's: it waits for an interrupt.
+/// HLT with nothing to wake it is the client's: it waits for an interrupt. A
+/// vector that IF holds back wakes nobody (SDM vol. 2, "HLT").
 pub fn halt<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {
     advance(inner, current);
-    if vcpu.vectors.deliverable(inner.cr8 << 4).is_some() || inner.events.is_waiting() {
+    let wakes = inner.registers.rflags(current) & Rflags::IF.bits() != 0
+        && vcpu.vectors.deliverable(inner.cr8 << 4).is_some();
+    if wakes || inner.events.is_waiting() {
         return Next::Resume;
     }
     Next::Leave(ExitStatus::Hlt)
