@@ -16,6 +16,7 @@ mod modes;
 mod probe;
 mod process;
 mod ram;
+mod region;
 mod tunnel;
 
 use std::io::Write;

@@ -77,3 +77,27 @@ pub fn request_in_child(node: &Node, request: u32, argument: u64) -> Result<u8> 
         Err(refused) => refused.0 as u8,
     })
 }
+
+/// Forks a child that runs `body`, and kills it after so many milliseconds.
+pub fn killed_after(milliseconds: u64, body: impl FnOnce()) -> Result<()> {
+    // SAFETY: as in `in_child`.
+    let child = unsafe { libc::fork() };
+    ensure!(child >= 0, "fork failed");
+    if child == 0 {
+        body();
+        // SAFETY: ends the child without running the parent's cleanup.
+        unsafe { libc::_exit(1) };
+    }
+    std::thread::sleep(std::time::Duration::from_millis(milliseconds));
+    // SAFETY: the child is ours and has not been waited for.
+    unsafe { libc::kill(child, libc::SIGKILL) };
+    let mut status = 0;
+    // SAFETY: `status` is ours; the child is ours.
+    let got = unsafe { libc::waitpid(child, &raw mut status, 0) };
+    ensure!(got == child, "waitpid failed");
+    ensure!(
+        libc::WIFSIGNALED(status),
+        "the child ended by itself, status {status:#x}"
+    );
+    Ok(())
+}

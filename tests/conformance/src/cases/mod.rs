@@ -27,14 +27,20 @@ macro_rules! case {
 
 mod control;
 mod cpuid;
+mod debug;
 mod exceptions;
 mod hlt;
 mod host;
 mod interrupts;
+mod lifecycle;
+mod memory_pressure;
 mod mmio;
 mod msr;
+mod paused;
 mod pio;
+mod ram;
 mod registers;
+mod requests;
 mod string_io;
 
 use abi::VcpuState;
@@ -67,6 +73,18 @@ pub struct Group {
 
 /// All groups, in the order they run.
 pub const GROUPS: &[Group] = &[
+    Group {
+        name: "requests",
+        cases: requests::CASES,
+    },
+    Group {
+        name: "lifecycle",
+        cases: lifecycle::CASES,
+    },
+    Group {
+        name: "ram",
+        cases: ram::CASES,
+    },
     Group {
         name: "pio",
         cases: pio::CASES,
@@ -108,8 +126,20 @@ pub const GROUPS: &[Group] = &[
         cases: msr::CASES,
     },
     Group {
+        name: "debug",
+        cases: debug::CASES,
+    },
+    Group {
+        name: "paused",
+        cases: paused::CASES,
+    },
+    Group {
         name: "host",
         cases: host::CASES,
+    },
+    Group {
+        name: "memory_pressure",
+        cases: memory_pressure::CASES,
     },
 ];
 
