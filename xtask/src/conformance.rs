@@ -90,6 +90,8 @@ pub(crate) fn pc(module: &Path, client: &Path, script: &str) -> Pc {
     Pc::new()
         .file("/haxm.ko", module)
         .file("/conformance", client)
+        // A swap device: 32 MB, which take memory when they are written.
+        .module("brd", "rd_nr=1 rd_size=32768")
         .script(script)
         .timeout(Duration::from_secs(240))
 }

@@ -160,3 +160,19 @@ impl<H: Host> Guest<H> {
         self.vcpus.fetch_and(!(1 << id), Ordering::AcqRel);
     }
 }
+
+/// Tells what the VM's memory came to: whether the host's large pages were used, and what the tables
+/// took.
+impl<H: Host> Drop for Guest<H> {
+    fn drop(&mut self) {
+        let memory = self.memory.statistics();
+        let [small, large, huge] = memory.leaves;
+        log::info!(
+            "VM {}: memory: {} slots, leaves {small}/{large}/{huge}, {} tables, {} flushes",
+            self.membership.number(),
+            memory.slots,
+            memory.tables,
+            memory.flushes
+        );
+    }
+}
