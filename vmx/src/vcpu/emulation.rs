@@ -31,6 +31,9 @@ use crate::memory::{self, AccessError};
 pub struct Emulation {
     insn: Option<Insn>,
     log: MmioLog,
+    /// What the VMCS held when the instruction began. Nothing but a request of
+    /// the client's can change it before the guest runs again.
+    snapshot: Option<Snapshot>,
 }
 
 impl Emulation {
@@ -40,6 +43,7 @@ impl Emulation {
         try_box(Self {
             insn: None,
             log: MmioLog::new(),
+            snapshot: None,
         })
     }
 
@@ -57,6 +61,12 @@ impl Emulation {
     pub fn abandon(&mut self) {
         self.insn = None;
         self.log.clear();
+    }
+
+    /// The client changed registers: they are read again before the
+    /// instruction is continued.
+    pub fn forget_registers(&mut self) {
+        self.snapshot = None;
     }
 }
 
@@ -151,7 +161,7 @@ struct Virtual<'a, H: Host> {
     vcpu: &'a Vcpu<H>,
     registers: &'a mut Registers,
     extended: &'a mut Extended<H>,
-    snapshot: Snapshot,
+    snapshot: &'a Snapshot,
     blocked: Cell<Option<Blocked>>,
 }
 
@@ -416,8 +426,16 @@ impl<H: Host> Vcpu<H> {
     /// # Errors
     /// [`Error::Fault`]: the VMCS could not be loaded.
     pub(super) fn emulate(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
-        let snapshot = self.with_vmcs(inner, |current, inner| Snapshot::read(inner, current))?;
         let known = inner.emulation.insn;
+        if known.is_none() || inner.emulation.snapshot.is_none() {
+            self.with_vmcs(inner, |current, inner| {
+                inner.emulation.snapshot = Some(Snapshot::read(inner, current));
+            })?;
+        }
+        let emulation = &mut *inner.emulation;
+        let Some(snapshot) = &emulation.snapshot else {
+            return Err(Error::Fault);
+        };
         let mut machine = Virtual {
             vcpu: self,
             registers: &mut inner.registers,
@@ -431,8 +449,8 @@ impl<H: Host> Vcpu<H> {
         };
         let step = match insn {
             Ok(insn) => {
-                let step = emulate::execute(&insn, &mut machine, &mut inner.emulation.log);
-                inner.emulation.insn = Some(insn);
+                let step = emulate::execute(&insn, &mut machine, &mut emulation.log);
+                emulation.insn = Some(insn);
                 step
             }
             Err(Fault::Exception(exception)) => Step::Fault(exception),

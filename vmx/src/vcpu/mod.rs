@@ -329,6 +329,7 @@ impl<H: Host> Vcpu<H> {
     pub fn set_msrs(&self, data: &mut MsrData) -> Result<(), Error> {
         let mut inner = self.inner.lock();
         self.refresh_cpuid(&mut inner);
+        inner.emulation.forget_registers();
         self.with_vmcs(&mut inner, |current, inner| {
             msr_list::set(self, inner, current, data)
         })?
@@ -393,6 +394,7 @@ impl<H: Host> Vcpu<H> {
         if inner.cpuid_version == self.guest().cpuid_version() {
             return false;
         }
+        inner.emulation.forget_registers();
         inner.cpuid_version = self.guest().copy_cpuid(&mut inner.cpuid);
         inner.features = inner.cpuid.features();
         inner.modes.allow_cr4(inner.features.allowed_cr4());

@@ -163,6 +163,7 @@ pub fn set<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, state: &Vcpu
         );
         current.write(field::GUEST_DR7, inner.debug.dr7());
     }
+    inner.emulation.forget_registers();
     if state.rip != before {
         // Another instruction: what was under way is not continued.
         inner.abandon(current);

@@ -107,11 +107,17 @@ impl<H: Host> Channel<H> {
         self.set(offset_of!(Tunnel, apic_base), value);
     }
 
-    /// Stores `bytes` in the exit's own part of the tunnel.
+    /// Stores `bytes`, at most 24, in the exit's own part of the tunnel: in
+    /// words, the last of which may end with zeros.
     pub fn set_view(&self, bytes: &[u8]) {
         let start = offset_of!(Tunnel, view);
-        for (i, byte) in bytes.iter().take(24).enumerate() {
-            self.set(start.wrapping_add(i), *byte);
+        for (i, part) in bytes.chunks(8).take(3).enumerate() {
+            let mut word = [0; 8];
+            if let Some(used) = word.get_mut(..part.len()) {
+                used.copy_from_slice(part);
+            }
+            let at = start.wrapping_add(i.wrapping_mul(8));
+            self.set(at, u64::from_le_bytes(word));
         }
     }
 
@@ -139,16 +145,25 @@ impl<H: Host> Channel<H> {
 
     /// Fills the fast-MMIO record: `direction` 0 is a read, 1 a write.
     pub fn set_fast_mmio(&self, gpa: u64, value: u64, size: u8, direction: u8) {
-        self.write_buffer(offset_of!(FastMmio, gpa), &gpa.to_le_bytes());
-        self.write_buffer(offset_of!(FastMmio, value), &value.to_le_bytes());
-        self.write_buffer(offset_of!(FastMmio, size), &[size]);
-        self.write_buffer(offset_of!(FastMmio, direction), &[direction]);
+        self.set_record(offset_of!(FastMmio, gpa), gpa);
+        self.set_record(offset_of!(FastMmio, value), value);
+        self.set_record(offset_of!(FastMmio, size), size);
+        self.set_record(offset_of!(FastMmio, direction), direction);
     }
 
     /// The value a client put into the fast-MMIO record for a read.
     pub fn fast_mmio_value(&self) -> u64 {
-        let mut bytes = [0; 8];
-        self.read_buffer(offset_of!(FastMmio, value), &mut bytes);
-        u64::from_le_bytes(bytes)
+        let place = self.buffer.kernel().as_ptr();
+        let at = place.wrapping_add(offset_of!(FastMmio, value));
+        // SAFETY: inside the page and aligned, by the record's layout.
+        unsafe { at.cast::<u64>().read_volatile() }
+    }
+
+    /// Sets a field of the fast-MMIO record.
+    fn set_record<T: Copy>(&self, offset: usize, value: T) {
+        let at = self.buffer.kernel().as_ptr().wrapping_add(offset);
+        // SAFETY: offset_of!(FastMmio, ..) of a T lies in the page and is
+        // aligned for T.
+        unsafe { at.cast::<T>().write_volatile(value) };
     }
 }
