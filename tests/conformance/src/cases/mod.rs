@@ -33,6 +33,7 @@ mod hlt;
 mod host;
 mod interrupts;
 mod lifecycle;
+mod memory_changes;
 mod memory_pressure;
 mod mmio;
 mod msr;
@@ -136,6 +137,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "host",
         cases: host::CASES,
+    },
+    Group {
+        name: "memory_changes",
+        cases: memory_changes::CASES,
     },
     Group {
         name: "memory_pressure",
