@@ -126,7 +126,11 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     let folder = workspace_root().join("target/bench");
     fs::create_dir_all(&folder)?;
     // Some of the rows are not the figures of a kernel.
-    let part = if options.filter.is_empty() { "" } else { "-part" };
+    let part = if options.filter.is_empty() {
+        ""
+    } else {
+        "-part"
+    };
     let path = folder.join(format!("{}{part}.json", options.series));
     let json = serde_json::to_string_pretty(&table::json(&measured))?;
     fs::write(&path, json).with_context(|| format!("cannot write {}", path.display()))?;
