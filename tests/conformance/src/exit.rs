@@ -187,11 +187,6 @@ pub fn vector(vector: u8) -> Step {
     step(Exit::Vector(vector))
 }
 
-/// INTERRUPT, where a case waits for it.
-pub fn interrupt() -> Step {
-    step(Exit::Interrupt)
-}
-
 /// STATECHANGE.
 pub fn lost() -> Step {
     step(Exit::Lost)

@@ -55,11 +55,6 @@ impl Mode {
         }
     }
 
-    /// Paging is on.
-    pub const fn pages(self) -> bool {
-        matches!(self, Self::Paged | Self::Pae | Self::Long)
-    }
-
     /// Bytes a push takes by default.
     pub const fn slot(self) -> usize {
         match self {
@@ -137,7 +132,6 @@ pub mod selector {
     pub const USER_CODE64: u16 = 0x33;
     pub const TSS: u16 = 0x38;
     pub const CODE16: u16 = 0x48;
-    pub const DATA16: u16 = 0x50;
 }
 
 /// IA32_EFER.

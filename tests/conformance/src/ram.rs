@@ -15,21 +15,10 @@ pub struct Ram {
 impl Ram {
     /// Zeroed memory, populated when it is touched. Panics if there is none: the test machine is too small.
     pub fn new(size: u64) -> Self {
-        Self::placed(0, size)
-    }
-
-    /// The same at a fixed address, in place of what is there.
-    pub fn at(start: u64, size: u64) -> Self {
-        Self::placed(start, size)
-    }
-
-    fn placed(start: u64, size: u64) -> Self {
-        let fixed = if start == 0 { 0 } else { libc::MAP_FIXED };
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | fixed;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let access = libc::PROT_READ | libc::PROT_WRITE;
-        let wanted = start as *mut libc::c_void;
-        // SAFETY: a new mapping; at a fixed address only over one of ours.
-        let got = unsafe { libc::mmap(wanted, size as usize, access, flags, -1, 0) };
+        // SAFETY: a new mapping, where there is none.
+        let got = unsafe { libc::mmap(ptr::null_mut(), size as usize, access, flags, -1, 0) };
         assert!(
             got != libc::MAP_FAILED,
             "mmap of {size:#x}: {}",

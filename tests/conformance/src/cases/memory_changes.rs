@@ -28,16 +28,20 @@ const STRIDE: u64 = 512;
 const PLACES: u64 = PAGE / STRIDE;
 /// Threads that change the map, and what each of them does.
 const CHANGERS: u64 = 2;
-const CHANGES: u64 = 120;
+const CHANGES: u64 = 240;
 const OPEN: u32 = 7;
 
-/// R8 is the sweep. Stops with HLT where it reads a number that it has not written yet.
+/// Where the guest writes the sweep that is under way, in memory that nobody changes.
+const COUNTER: u64 = 0x1010_0000;
+
+/// R8 is the sweep. Stops with HLT where it reads a number that it has not written yet. Leaves the processor
+/// seldom of its own accord: what the driver does not take from it, it keeps.
 fn sweeps() -> Code {
     guest!(64:
         "2: mov edi, 0x10000000", "mov ecx, 256",
         "3: mov rdx, [rdi]", "cmp rdx, r8", "ja 4f", "mov [rdi], r8",
         "add rdi, 512", "dec ecx", "jnz 3b",
-        "inc r8", "out 0x80, al", "jmp 2b",
+        "inc r8", "mov [0x10100000], r8", "test r8b, 63", "jnz 2b", "out 0x80, al", "jmp 2b",
         "4: hlt")
 }
 
@@ -45,8 +49,7 @@ struct Area {
     machine: Machine,
     buffers: [Region; 2],
     device: Vec<AtomicU64>,
-    /// Sweeps that are complete.
-    done: AtomicU64,
+    counter: Region,
     /// Threads still at work.
     changers: AtomicU64,
 }
@@ -60,12 +63,16 @@ fn every_page_while_it_changes() -> Outcome {
     machine
         .vm
         .set_ram2(GPA, PAGES * PAGE, 0, buffers[0].address())?;
+    let counter = Region::new(PAGE)?;
+    counter.set(0, 1);
+    machine.vm.add_ramblock(counter.address(), PAGE)?;
+    machine.vm.set_ram2(COUNTER, PAGE, 0, counter.address())?;
     machine.set(|state| state.r8 = 1)?;
     let area = Area {
         machine,
         buffers,
         device: (0..PAGES * PLACES).map(|_| AtomicU64::new(0)).collect(),
-        done: AtomicU64::new(0),
+        counter,
         changers: AtomicU64::new(CHANGERS),
     };
     let homes = thread::scope(|scope| -> Result<Vec<Vec<usize>>> {
@@ -82,7 +89,7 @@ fn every_page_while_it_changes() -> Outcome {
         let guest = area.serve(|| area.changers.load(Ordering::SeqCst) == 0);
         if guest.is_err() {
             // Ends those who wait for the guest.
-            area.done.store(u64::MAX / 2, Ordering::SeqCst);
+            area.counter.set(0, u64::MAX / 2);
         }
         let changed = threads.into_iter().map(|thread| {
             let result = thread.join();
@@ -116,7 +123,6 @@ impl Area {
                 // Whoever closed the page opens it.
                 Exit::PageFault { .. } => thread::yield_now(),
                 Exit::Out { .. } => {
-                    self.done.fetch_add(1, Ordering::SeqCst);
                     if until() {
                         return Ok(());
                     }
@@ -151,10 +157,9 @@ impl Area {
 
     /// Waits until a sweep that begins now is complete; returns the number of the first one that counts.
     fn another_sweep(&self) -> Result<u64> {
-        // `done` sweeps are complete, and sweep `done + 1` is under way.
-        let next = self.done.load(Ordering::SeqCst) + 2;
+        let next = self.counter.get(0) + 1;
         let start = Instant::now();
-        while self.done.load(Ordering::SeqCst) < next {
+        while self.counter.get(0) <= next {
             ensure!(
                 start.elapsed() < Duration::from_secs(20),
                 "the guest stands still"

@@ -259,7 +259,7 @@ fn huge_leaf() -> Outcome {
         // Linear 1 GB: the page that the case is about, in the guest's own page of 1 GB.
         machine
             .ram
-            .write_u64(crate::modes::PDPT + 8, 4 * HUGE | 0xe7);
+            .write_u64(crate::modes::PDPT + 8, (4 * HUGE) | 0xe7);
         region.set(offset, 0x21);
         machine.set(|state| {
             state.rip = machine.mode.entry();

@@ -36,12 +36,17 @@ mod lifecycle;
 mod memory_changes;
 mod memory_pressure;
 mod mmio;
+mod mmio_edges;
+mod mmio_strings;
 mod msr;
 mod paused;
 mod pio;
 mod ram;
+mod ram_protection;
 mod registers;
 mod requests;
+mod robustness;
+mod smp;
 mod string_io;
 
 use abi::VcpuState;
@@ -87,6 +92,10 @@ pub const GROUPS: &[Group] = &[
         cases: ram::CASES,
     },
     Group {
+        name: "ram_protection",
+        cases: ram_protection::CASES,
+    },
+    Group {
         name: "pio",
         cases: pio::CASES,
     },
@@ -97,6 +106,14 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "mmio",
         cases: mmio::CASES,
+    },
+    Group {
+        name: "mmio_strings",
+        cases: mmio_strings::CASES,
+    },
+    Group {
+        name: "mmio_edges",
+        cases: mmio_edges::CASES,
     },
     Group {
         name: "hlt",
@@ -133,6 +150,14 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "paused",
         cases: paused::CASES,
+    },
+    Group {
+        name: "smp",
+        cases: smp::CASES,
+    },
+    Group {
+        name: "robustness",
+        cases: robustness::CASES,
     },
     Group {
         name: "host",

@@ -1,0 +1,484 @@
+//! Two vCPUs in two threads; requests from other threads while a vCPU runs; memory that changes under running
+//! guests. With one processor the threads take turns.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+
+use super::{Case, Outcome};
+use crate::client::{Refused, Vcpu};
+use crate::exit::{Exit, halt};
+use crate::guest;
+use crate::machine::{Machine, expect, prepare, run, vm_with_ram};
+use crate::modes::{self, DATA, Mode};
+use crate::ram::Ram;
+
+pub const CASES: &[Case] = &[
+    case!(two_vcpus_count),
+    case!(two_vcpus_locked_add),
+    case!(hand_over),
+    case!(device_access_from_both),
+    case!(second_run_is_refused),
+    case!(set_cpuid_while_running),
+    case!(get_regs_while_running),
+    case!(interrupt_from_another_thread),
+    case!(user_event_from_another_thread),
+    case!(tsc_agrees),
+    case!(tsc_set_on_one),
+    case!(vcpu_moves_between_threads),
+    case!(remap_under_running_guest),
+    case!(protect_under_running_guest),
+    case!(discard_under_running_guest),
+    case!(create_vms_while_another_runs),
+    case!(avx_in_two_vcpus),
+    case!(sixteen_threads),
+];
+
+/// The result of a thread.
+fn join<T>(handle: thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
+    handle.join().map_err(|_| anyhow!("a thread panicked"))?
+}
+
+/// Two vCPUs at one code; RBX is the vCPU's number.
+fn pair(code: &[u8]) -> Result<(Machine, Vcpu)> {
+    let (vm, ram) = vm_with_ram()?;
+    modes::write_tables(Mode::Long, &ram);
+    ram.write(modes::CODE, code);
+    let one = vm.create_vcpu(0)?;
+    let two = vm.create_vcpu(1)?;
+    for (vcpu, number) in [(&one, 0), (&two, 1)] {
+        prepare(vcpu, Mode::Long)?;
+        let mut state = vcpu.regs()?;
+        state.rbx = number;
+        state.rsp = modes::STACK - number * 0x800;
+        vcpu.set_regs(&state)?;
+    }
+    let machine = Machine {
+        vcpu: one,
+        vm,
+        ram,
+        mode: Mode::Long,
+    };
+    Ok((machine, two))
+}
+
+/// Runs both to HLT, each in its thread.
+fn run_both(machine: &Machine, two: &Vcpu) -> Outcome {
+    thread::scope(|scope| {
+        let first = scope.spawn(|| machine.expect(&[halt()]));
+        let second = scope.spawn(|| expect(two, Mode::Long, &machine.ram, &[halt()]));
+        join(first).context("vCPU 0")?;
+        join(second).context("vCPU 1")
+    })
+}
+
+/// Each its own counter.
+fn two_vcpus_count() -> Outcome {
+    let code = guest!(64:
+        "mov ecx, 200000", "2: inc dword ptr [rbx * 4 + 0xc000]", "dec ecx", "jnz 2b", "hlt");
+    let (machine, two) = pair(code.bits64)?;
+    run_both(&machine, &two)?;
+    same!(
+        (machine.ram.u32(DATA), machine.ram.u32(DATA + 4)),
+        (200000, 200000),
+        "counts"
+    );
+    Ok(())
+}
+
+/// Both the same counter, with LOCK.
+fn two_vcpus_locked_add() -> Outcome {
+    let code = guest!(64:
+        "mov ecx, 200000", "2: lock inc dword ptr [0xc000]", "dec ecx", "jnz 2b", "hlt");
+    let (machine, two) = pair(code.bits64)?;
+    run_both(&machine, &two)?;
+    same!(machine.ram.u32(DATA), 400000, "count");
+    Ok(())
+}
+
+/// They pass a token to and fro.
+fn hand_over() -> Outcome {
+    let code = guest!(64:
+        "mov ecx, 20", "mov edx, ebx", "xor edx, 1",
+        "2: pause", "cmp [0xc000], ebx", "jne 2b", "inc dword ptr [0xc004]", "mov [0xc000], edx",
+        "dec ecx", "jnz 2b", "hlt");
+    let (machine, two) = pair(code.bits64)?;
+    run_both(&machine, &two)?;
+    same!(machine.ram.u32(DATA + 4), 40, "turns");
+    Ok(())
+}
+
+fn device_access_from_both() -> Outcome {
+    let code = guest!(64:
+        "mov ecx, 100", "mov edi, 0xd0000", "shl ebx, 8", "add edi, ebx",
+        "2: mov [rdi], ecx", "mov eax, [rdi + 4]", "add esi, eax", "dec ecx", "jnz 2b", "hlt");
+    let (machine, two) = pair(code.bits64)?;
+    let serve = |vcpu: &Vcpu, base: u64| -> Outcome {
+        let mut steps = Vec::new();
+        for count in (1..=100).rev() {
+            steps.push(crate::exit::write(base, 4, count));
+            steps.push(crate::exit::read(base + 4, 4, count * 3));
+        }
+        steps.push(halt());
+        expect(vcpu, Mode::Long, &machine.ram, &steps)?;
+        same!(vcpu.regs()?.rsi, 5050 * 3, "sum");
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let first = scope.spawn(|| serve(&machine.vcpu, modes::DEVICE));
+        let second = scope.spawn(|| serve(&two, modes::DEVICE + 0x100));
+        join(first).context("vCPU 0")?;
+        join(second).context("vCPU 1")
+    })
+}
+
+/// A guest in a thread of its own that runs until it is told to stop.
+fn while_running<T: Send>(machine: &Machine, body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let runner = scope.spawn(|| -> Outcome {
+            while !stop.load(Ordering::Acquire) {
+                let exit = machine.run_once()?;
+                ensure!(
+                    matches!(exit, Exit::Interrupt | Exit::Vector(_) | Exit::Out { .. }),
+                    "{exit:?}"
+                );
+            }
+            Ok(())
+        });
+        let result = body();
+        stop.store(true, Ordering::Release);
+        join(runner)?;
+        result
+    })
+}
+
+fn spinning() -> Result<Machine> {
+    Machine::new(
+        Mode::Long,
+        guest!(64: "2: inc qword ptr [0xc000]", "jmp 2b"),
+    )
+}
+
+/// Waits until the guest has counted further.
+fn counts(ram: &Ram) -> Outcome {
+    let (start, before) = (Instant::now(), ram.u64(DATA));
+    while ram.u64(DATA) == before {
+        ensure!(
+            start.elapsed() < Duration::from_secs(2),
+            "the guest stands still"
+        );
+        thread::yield_now();
+    }
+    Ok(())
+}
+
+/// Whether there are two processors. With one, RUN is over whenever another thread gets to run.
+fn side_by_side() -> bool {
+    thread::available_parallelism().is_ok_and(|count| count.get() > 1)
+}
+
+/// EBUSY for as long as another thread is in RUN; that one goes on.
+fn second_run_is_refused() -> Outcome {
+    let machine = spinning()?;
+    while_running(&machine, || {
+        counts(&machine.ram)?;
+        let mut refused = 0;
+        for _ in 0..200 {
+            match machine.vcpu.run() {
+                Err(Refused(libc::EBUSY)) => refused += 1,
+                Ok(_) => {}
+                Err(other) => anyhow::bail!("RUN: {other}"),
+            }
+            if refused > 3 {
+                break;
+            }
+            thread::yield_now();
+        }
+        ensure!(refused > 0 || !side_by_side(), "never refused");
+        counts(&machine.ram)
+    })
+}
+
+fn set_cpuid_while_running() -> Outcome {
+    let machine = spinning()?;
+    while_running(&machine, || {
+        counts(&machine.ram)?;
+        let (_, _, entries) = machine.vcpu.cpuid(64);
+        let mut refused = 0;
+        for _ in 0..200 {
+            match machine.vcpu.set_cpuid(1, &entries[..1]) {
+                Err(Refused(libc::EFAULT)) => refused += 1,
+                Ok(()) => {}
+                Err(other) => anyhow::bail!("SET_CPUID: {other}"),
+            }
+            if refused != 0 {
+                break;
+            }
+            thread::yield_now();
+        }
+        ensure!(refused > 0 || !side_by_side(), "never refused");
+        Ok(())
+    })
+}
+
+/// It waits for the end of RUN, and what it gets is whole.
+fn get_regs_while_running() -> Outcome {
+    let code = guest!(64: "2: inc rax", "mov rcx, rax", "jmp 2b");
+    let machine = Machine::new(Mode::Long, code)?;
+    while_running(&machine, || {
+        let mut last = 0;
+        for _ in 0..10 {
+            let state = machine.regs()?;
+            ensure!(state.rax >= last, "RAX {:#x} after {last:#x}", state.rax);
+            ensure!(
+                state.rax == state.rcx || state.rax == state.rcx + 1,
+                "RAX {:#x} RCX {:#x}",
+                state.rax,
+                state.rcx
+            );
+            last = state.rax;
+        }
+        Ok(())
+    })
+}
+
+fn interrupt_from_another_thread() -> Outcome {
+    let code = guest!(64: "sti", "2: inc qword ptr [0xc000]", "jmp 2b");
+    let machine = Machine::new(Mode::Long, code)?;
+    // The stub's OUT is replaced by a count in memory: inc dword [c008h + 4 * vector]; iretq.
+    for number in 0x20..0x30_u64 {
+        let mut stub = vec![0xff, 0x04, 0x25];
+        stub.extend(((DATA + 8 + 4 * number) as u32).to_le_bytes());
+        stub.extend([0x48, 0xcf]);
+        machine.ram.write(modes::STUBS + number * 16, &stub);
+    }
+    while_running(&machine, || {
+        for number in 0x20..0x30_u32 {
+            machine.vcpu.interrupt(number)?;
+            let start = Instant::now();
+            while machine.ram.u32(DATA + 8 + 4 * u64::from(number)) == 0 {
+                ensure!(
+                    start.elapsed() < Duration::from_secs(2),
+                    "vector {number:#x} does not come"
+                );
+                thread::yield_now();
+            }
+        }
+        Ok(())
+    })
+}
+
+fn user_event_from_another_thread() -> Outcome {
+    let machine = spinning()?;
+    while_running(&machine, || {
+        for _ in 0..10 {
+            machine.vcpu.tunnel.set_user_event(1);
+            let start = Instant::now();
+            while machine.vcpu.tunnel.user_event() & 1 != 0 {
+                ensure!(
+                    start.elapsed() < Duration::from_secs(2),
+                    "the event is not taken"
+                );
+                thread::yield_now();
+            }
+        }
+        Ok(())
+    })
+}
+
+/// One clock: what a vCPU reads after another has read is later.
+fn tsc_agrees() -> Outcome {
+    let code = guest!(64: "2: rdtsc", "shl rdx, 32", "or rax, rdx", "out 0x80, al", "jmp 2b");
+    let (machine, two) = pair(code.bits64)?;
+    let mut last = 0;
+    for _ in 0..50 {
+        for vcpu in [&machine.vcpu, &two] {
+            let exit = run(vcpu, Mode::Long, &machine.ram)?;
+            ensure!(matches!(exit, Exit::Out { .. }), "{exit:?}");
+            let now = vcpu.regs()?.rax;
+            ensure!(now > last, "{now:#x} after {last:#x}");
+            ensure!(
+                now - last < 1 << 36 || last == 0,
+                "{now:#x} after {last:#x}"
+            );
+            last = now;
+        }
+    }
+    Ok(())
+}
+
+/// QEMU restores the counter of each vCPU in turn: they agree afterwards.
+fn tsc_set_on_one() -> Outcome {
+    let (machine, two) = pair(guest!(64: "hlt").bits64)?;
+    let value = 1 << 45;
+    for vcpu in [&machine.vcpu, &two] {
+        same!(vcpu.set_msrs(&[(0x10, value)])?, 1, "SET_MSRS");
+    }
+    let mut last = 0;
+    for _ in 0..20 {
+        for vcpu in [&machine.vcpu, &two] {
+            let now = vcpu.msrs(&[0x10])?[0];
+            ensure!(now > last && now >= value, "{now:#x} after {last:#x}");
+            last = now;
+        }
+    }
+    ensure!(last < value + (1 << 34), "{last:#x}");
+    Ok(())
+}
+
+/// Made by one thread, set up by a second, run by a third.
+fn vcpu_moves_between_threads() -> Outcome {
+    let machine = Machine::new(
+        Mode::Long,
+        guest!(64: "inc eax", "out 0x80, al", "inc eax", "hlt"),
+    )?;
+    for exit in [crate::exit::out(0x80, 1, 1), halt()] {
+        thread::scope(|scope| join(scope.spawn(|| machine.expect(std::slice::from_ref(&exit)))))?;
+    }
+    same!(machine.regs()?.rax, 2, "EAX");
+    Ok(())
+}
+
+/// A page goes to and fro between two buffers while the guest counts in it: when SET_RAM has returned, the
+/// buffer that is out changes no more.
+fn remap_under_running_guest() -> Outcome {
+    let machine = spinning()?;
+    let other = Ram::new(0x1000);
+    machine.vm.add_ramblock(other.address(), 0x1000)?;
+    while_running(&machine, || {
+        for _ in 0..20 {
+            counts(&machine.ram)?;
+            machine.vm.set_ram(DATA, 0x1000, 0, other.address())?;
+            let (first, start) = (machine.ram.u64(DATA), Instant::now());
+            let before = other.u64(0);
+            while other.u64(0) == before {
+                ensure!(
+                    start.elapsed() < Duration::from_secs(2),
+                    "the guest stands still"
+                );
+                thread::yield_now();
+            }
+            same!(
+                machine.ram.u64(DATA),
+                first,
+                "the buffer that is not mapped"
+            );
+            let va = machine.ram.address() + DATA;
+            machine.vm.set_ram(DATA, 0x1000, 0, va)?;
+            let second = other.u64(0);
+            counts(&machine.ram)?;
+            same!(other.u64(0), second, "the other one");
+        }
+        Ok(())
+    })
+}
+
+/// PROTECT_RAM stops a running guest at the page.
+fn protect_under_running_guest() -> Outcome {
+    let code = guest!(64: "2: inc qword ptr [rdi]", "jmp 2b");
+    let machine = Machine::new(Mode::Long, code)?;
+    let ram = Ram::new(0x1000);
+    let gpa = 0x60_0000;
+    machine.vm.set_ram2(gpa, 0x1000, 0x40, ram.address())?;
+    machine.set(|state| state.rdi = gpa)?;
+    thread::scope(|scope| {
+        let runner = scope.spawn(|| machine.run());
+        let start = Instant::now();
+        while ram.u64(0) == 0 {
+            ensure!(
+                start.elapsed() < Duration::from_secs(2),
+                "the guest does not start"
+            );
+            thread::yield_now();
+        }
+        machine.vm.protect_ram(gpa, 0x1000, 0)?;
+        let count = ram.u64(0);
+        let exit = join(runner)?;
+        let Exit::PageFault { gpa: at, .. } = exit else {
+            anyhow::bail!("{exit:?}");
+        };
+        same!(at, gpa, "GPA");
+        same!(
+            ram.u64(0),
+            count,
+            "nothing was written after PROTECT_RAM had returned"
+        );
+        Ok(())
+    })
+}
+
+fn discard_under_running_guest() -> Outcome {
+    let machine = spinning()?;
+    while_running(&machine, || {
+        for _ in 0..20 {
+            counts(&machine.ram)?;
+            machine.ram.discard(DATA, 0x1000);
+        }
+        counts(&machine.ram)
+    })
+}
+
+fn create_vms_while_another_runs() -> Outcome {
+    let machine = spinning()?;
+    while_running(&machine, || {
+        for _ in 0..5 {
+            let other = Machine::new(Mode::Protected, guest!("inc eax", "hlt"))?;
+            other.expect(&[halt()])?;
+            same!(other.regs()?.rax, 1, "EAX");
+        }
+        counts(&machine.ram)
+    })
+}
+
+/// Each vCPU keeps its own YMM registers while both run.
+fn avx_in_two_vcpus() -> Outcome {
+    let code = guest!(64:
+        "mov rax, cr4", "bts rax, 18", "mov cr4, rax",
+        "xor ecx, ecx", "xor edx, edx", "mov eax, 7", "xsetbv",
+        "lea eax, [rbx + 0x55]", "vmovd xmm0, eax", "vpbroadcastd ymm5, xmm0",
+        "mov ecx, 300000", "2: vpcmpeqd ymm6, ymm5, ymm5", "dec ecx", "jnz 2b",
+        "shl ebx, 5", "vmovups [rbx + 0xc000], ymm5", "hlt");
+    let (machine, two) = pair(code.bits64)?;
+    run_both(&machine, &two)?;
+    for (number, byte) in [(0_u64, 0x55_u8), (1, 0x56)] {
+        let wanted = [byte, 0, 0, 0].repeat(8);
+        same!(
+            machine.ram.read(DATA + number * 32, 32),
+            wanted,
+            "YMM5 of vCPU {number}"
+        );
+    }
+    Ok(())
+}
+
+/// As many vCPUs as there may be, all at once.
+fn sixteen_threads() -> Outcome {
+    let (vm, ram) = vm_with_ram()?;
+    modes::write_tables(Mode::Long, &ram);
+    let code =
+        guest!(64: "mov ecx, 20000", "2: lock inc dword ptr [0xc000]", "dec ecx", "jnz 2b", "hlt");
+    ram.write(modes::CODE, code.bits64);
+    let vcpus: Result<Vec<Vcpu>> = (0..16)
+        .map(|id| {
+            let vcpu = vm.create_vcpu(id)?;
+            prepare(&vcpu, Mode::Long)?;
+            Ok(vcpu)
+        })
+        .collect();
+    let vcpus = vcpus?;
+    thread::scope(|scope| -> Outcome {
+        let runners: Vec<_> = vcpus
+            .iter()
+            .map(|vcpu| scope.spawn(|| expect(vcpu, Mode::Long, &ram, &[halt()])))
+            .collect();
+        for runner in runners {
+            join(runner)?;
+        }
+        Ok(())
+    })?;
+    same!(ram.u32(DATA), 16 * 20000, "count");
+    Ok(())
+}
