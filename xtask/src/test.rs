@@ -109,6 +109,7 @@ fn emulated<'a>(parts: &'a setup::Parts, newer: &'a setup::Parts, stages: &mut V
         "conformance, 1 CPU, kernel 6.12".into(),
         Box::new(move || conform(newer, 1, Flavour::Cloud6_12)),
     ));
+    stages.push(("a page of 1 GB".into(), Box::new(|| huge_page(parts))));
     for refusal in REFUSALS {
         stages.push((
             refusal.name.into(),
@@ -142,6 +143,13 @@ fn conform(parts: &setup::Parts, cpus: u32, flavour: Flavour) -> Result<()> {
     verdict(&outcome, outcome.success())
 }
 
+fn huge_page(parts: &setup::Parts) -> Result<()> {
+    let script = conformance::script("huge_leaf", false);
+    let outcome = conformance::huge_page_pc(&parts.module, &parts.conformance, &script)
+        .run(&mut std::io::stdout())?;
+    verdict(&outcome, outcome.success())
+}
+
 fn guest(parts: &setup::Parts, boot: &Boot, flavour: Flavour) -> Result<()> {
     let mut serial = Vec::new();
     let outcome = run::boot(parts, boot, flavour, &mut serial)?;
@@ -167,7 +175,7 @@ struct Refusal {
     script: &'static str,
 }
 
-/// haxm.md 1.5 in the references says what HAXM does; `docs/api.md` says what we do.
+/// `docs/api.md`, CAPABILITY, says what each of them is told.
 const REFUSALS: &[Refusal] = &[
     Refusal {
         name: "a processor without VMX",

@@ -258,7 +258,8 @@ impl<H: Host> Vcpu<H> {
     fn set_primary(&self, inner: &mut Inner<H>, current: &Current<'_, H>, window: bool) {
         let mut wanted = super::setup::primary(self.guest().caps());
         wanted.set(Primary::INTERRUPT_WINDOW_EXITING, window);
-        wanted.set(Primary::MONITOR_TRAP_FLAG, inner.debug.steps());
+        let steps = inner.debug.steps() && self.guest().caps().has_monitor_trap;
+        wanted.set(Primary::MONITOR_TRAP_FLAG, steps);
         if wanted.bits() != inner.primary {
             inner.primary = wanted.bits();
             current.write(field::PRIMARY_CONTROLS, inner.primary);
