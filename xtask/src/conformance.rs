@@ -16,6 +16,7 @@ const HELP: &str = "usage: cargo xtask conformance [OPTIONS] [FILTER]
 Loads haxm.ko on the emulated PC and runs the cases whose name contains FILTER through /dev/HAX.
   --cpus N            processors (1)
   --kernel 6.1|6.12   Debian's kernel (6.1)
+  --huge-page         a larger PC that has a page of 1 GB to give
   --verbose           name each case before it runs";
 
 /// The client runs on the emulated PC whatever the host is.
@@ -96,12 +97,23 @@ pub(crate) fn pc(module: &Path, client: &Path, script: &str) -> Pc {
         .timeout(Duration::from_secs(240))
 }
 
+/// The same with more memory, of which Linux keeps a page of 1 GB for hugetlbfs: the second gigabyte, as its own
+/// early memory comes from the top.
+pub(crate) fn huge_page_pc(module: &Path, client: &Path, script: &str) -> Pc {
+    let free = "/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages";
+    let script = format!("[ \"$(cat {free})\" = 1 ] || exit 16\n{script}");
+    pc(module, client, &script)
+        .memory_mb(2304)
+        .append("hugepagesz=1G hugepages=1")
+}
+
 /// Runs the command with the words after its name.
 pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     let mut cpus = 1;
     let mut series = Flavour::default().series().to_owned();
     let mut filter = String::new();
     let mut verbose = false;
+    let mut huge_page = false;
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         let mut value = || {
@@ -116,6 +128,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
             "--cpus" => cpus = value()?.parse()?,
             "--kernel" => series.clone_from(value()?),
             "--verbose" => verbose = true,
+            "--huge-page" => huge_page = true,
             // The filter becomes part of a shell script.
             word if is_filter(word) && filter.is_empty() => word.clone_into(&mut filter),
             _ => bail!("cannot make sense of '{arg}'\n{HELP}"),
@@ -124,7 +137,8 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     let built = module::build(&series)?;
     let client = build()?;
     let stripped = stripped(&built)?;
-    let outcome = pc(&stripped, &client, &script(&filter, verbose))
+    let machine = if huge_page { huge_page_pc } else { pc };
+    let outcome = machine(&stripped, &client, &script(&filter, verbose))
         .cpus(cpus)
         .kernel(Flavour::from_series(&series)?)
         .run(&mut io::stdout())?;

@@ -109,7 +109,7 @@ fn emulated<'a>(parts: &'a setup::Parts, newer: &'a setup::Parts, stages: &mut V
         "conformance, 1 CPU, kernel 6.12".into(),
         Box::new(move || conform(newer, 1, Flavour::Cloud6_12)),
     ));
-    stages.push(("a page of 1 GB".into(), Box::new(|| huge_page(parts))));
+    stages.push(("a page of 1 GB".into(), Box::new(move || huge_page(parts))));
     for refusal in REFUSALS {
         stages.push((
             refusal.name.into(),

@@ -109,7 +109,7 @@ impl Pc {
         self
     }
 
-    /// Memory in MiB, 128 to 2048. The initramfs takes its size twice, above 96 MiB.
+    /// Memory in MiB, 128 to 2560. The initramfs takes its size twice, above 96 MiB.
     pub fn memory_mb(mut self, mb: u32) -> Self {
         self.memory_mb = mb;
         self
@@ -212,8 +212,8 @@ impl Pc {
             "the emulated PC has 1 to 8 processors"
         );
         ensure!(
-            (128..=2048).contains(&self.memory_mb),
-            "the emulated PC has 128 to 2048 MiB"
+            (128..=2560).contains(&self.memory_mb),
+            "the emulated PC has 128 to 2560 MiB"
         );
         let work = WorkFolder::open()?;
         packages::ensure_packages(packages::NEEDED)?;
@@ -305,6 +305,8 @@ impl Pc {
             "ignore"
         };
         let (cpu, cpus, memory) = (&self.cpu, self.cpus, self.memory_mb);
+        // More than it can have at once goes to a file; nothing here uses so much.
+        let at_once = memory.min(2048);
         let (rom, cylinders) = (pieces.vga_rom(), geometry.cylinders);
         let rom = rom.display();
         format!(
@@ -312,7 +314,7 @@ impl Pc {
              display_library: {display}\n\
              cpu: model={cpu}, count={cpus}, ips={INSTRUCTIONS_PER_SECOND}, \
              reset_on_triple_fault=0, ignore_bad_msrs={bad_msrs}{exclude}\n\
-             memory: guest={memory}, host={memory}\n\
+             memory: guest={memory}, host={at_once}\n\
              romimage: file=bios.rom\n\
              vgaromimage: file={rom}\n\
              vga: extension=none, realtime=0, update_freq=1\n\
