@@ -37,6 +37,8 @@ pub(crate) fn build() -> Result<PathBuf> {
         .args(["build", "--quiet", "--locked", "--release"])
         .args(["--package", "haxm-conformance", "--target", TARGET])
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
+        // A case that panics fails, and the next one runs.
+        .env("CARGO_PROFILE_RELEASE_PANIC", "unwind")
         .env("CARGO_TARGET_DIR", &target_dir)
         .env_remove("RUSTFLAGS")
         .status()

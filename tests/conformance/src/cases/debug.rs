@@ -66,7 +66,7 @@ fn single_step(mode: Mode) -> Outcome {
         guest!("nop", "mov al, 1", "jmp 2f", "ud2", "2: nop", "hlt"),
     )?;
     let seen = steps(&machine)?;
-    same!(seen[..4], [1, 3, 7, 8], "RIPs");
+    same!(seen.get(..4), Some(&[1, 3, 7, 8][..]), "RIPs");
     Ok(())
 }
 
@@ -74,7 +74,7 @@ fn single_step(mode: Mode) -> Outcome {
 fn step_over_sti(mode: Mode) -> Outcome {
     let machine = stepping(mode, guest!("sti", "nop", "nop", "hlt"))?;
     let seen = steps(&machine)?;
-    same!(seen[..3], [1, 2, 3], "RIPs");
+    same!(seen.get(..3), Some(&[1, 2, 3][..]), "RIPs");
     Ok(())
 }
 
@@ -95,7 +95,7 @@ fn step_over_io(mode: Mode) -> Outcome {
     let machine = stepping(mode, guest!("out 0x80, al", "nop", "hlt"))?;
     machine.expect(&[out(0x80, 1, 0)])?;
     let seen = steps(&machine)?;
-    same!(seen[..2], [2, 3], "RIPs");
+    same!(seen.get(..2), Some(&[2, 3][..]), "RIPs");
     Ok(())
 }
 
@@ -147,7 +147,7 @@ fn step_over_cpuid_and_msr(mode: Mode) -> Outcome {
         "hlt"
     );
     let seen = steps(&stepping(mode, code)?)?;
-    same!(seen[..5], [2, 4, 9, 11, 12], "RIPs");
+    same!(seen.get(..5), Some(&[2, 4, 9, 11, 12][..]), "RIPs");
     Ok(())
 }
 
