@@ -3,8 +3,6 @@
 //! SDM appendix C "VMX Basic Exit Reasons"; SDM 28.2.1 "Basic VM-Exit
 //! Information", tables 28-3 to 28-7.
 
-use super::segment::SegmentRegister;
-
 /// A basic exit reason: bits 15:0 of the exit-reason field. Numbers this code
 /// does not know stay numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -251,73 +249,9 @@ impl EptQualification {
         self.0 & 4 != 0
     }
 
-    /// The linear-address field is valid.
-    #[must_use]
-    pub const fn has_linear_address(self) -> bool {
-        self.0 & (1 << 7) != 0
-    }
-
-    /// With a valid linear address: the access was to its translation, not to
-    /// a paging structure on the way.
-    #[must_use]
-    pub const fn is_translated_access(self) -> bool {
-        self.0 & (1 << 8) != 0
-    }
-
     /// The exit undid NMI unblocking by IRET.
     #[must_use]
     pub const fn nmi_unblocking(self) -> bool {
         self.0 & (1 << 12) != 0
-    }
-}
-
-/// What started a task switch, SDM 28.2.1, table 28-2 "Exit Qualification for
-/// Task Switches".
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TaskSwitchSource {
-    /// CALL.
-    Call,
-    /// IRET.
-    Iret,
-    /// JMP.
-    Jmp,
-    /// A task gate in the IDT.
-    Gate,
-}
-
-/// Splits a task-switch qualification into selector and source.
-#[must_use]
-pub const fn task_switch(qualification: u64) -> (u16, TaskSwitchSource) {
-    let source = match (qualification >> 30) & 3 {
-        0 => TaskSwitchSource::Call,
-        1 => TaskSwitchSource::Iret,
-        2 => TaskSwitchSource::Jmp,
-        _ => TaskSwitchSource::Gate,
-    };
-    ((qualification & 0xffff) as u16, source)
-}
-
-/// The segment of an INS or OUTS from the instruction-information field,
-/// SDM 28.2.5 "Information for VM Exits Due to Instruction Execution", table 28-9.
-#[must_use]
-pub const fn string_io_segment(information: u32) -> SegmentRegister {
-    match (information >> 15) & 7 {
-        0 => SegmentRegister::Es,
-        1 => SegmentRegister::Cs,
-        2 => SegmentRegister::Ss,
-        4 => SegmentRegister::Fs,
-        5 => SegmentRegister::Gs,
-        _ => SegmentRegister::Ds,
-    }
-}
-
-/// log2 of the address size, in bytes, of an INS or OUTS, from the same field:
-/// 1, 2 or 3.
-#[must_use]
-pub const fn string_io_address_size(information: u32) -> u32 {
-    match (information >> 7) & 7 {
-        0 => 1,
-        1 => 2,
-        _ => 3,
     }
 }

@@ -41,8 +41,8 @@ use abi::vcpu_state::{FxLayout, VcpuState};
 
 use crate::Error;
 use crate::arch::exit::ExitReason;
+use crate::arch::field;
 use crate::arch::reg::Interruptibility;
-use crate::arch::{addr::Hpa, field};
 use crate::cpu::Cpu;
 use crate::fallible::{NoMemory, Shared, try_box};
 use crate::host::{Host, OwnedPage};
@@ -122,7 +122,7 @@ pub struct Vcpu<H: Host> {
     /// The processor it runs on, for kicks.
     on_cpu: AtomicUsize,
     /// Kept for the processor, which has their addresses.
-    vmcs: OwnedPage<H>,
+    _vmcs: OwnedPage<H>,
     msr_bitmap: OwnedPage<H>,
     number: Number<H>,
 }
@@ -229,7 +229,7 @@ impl<H: Host> Vcpu<H> {
             channel,
             running: AtomicBool::new(false),
             on_cpu: AtomicUsize::new(NOWHERE),
-            vmcs,
+            _vmcs: vmcs,
             msr_bitmap,
             number,
         };
@@ -274,11 +274,6 @@ impl<H: Host> Vcpu<H> {
     /// What it shares with the VM's other vCPUs.
     pub fn guest(&self) -> &Shared<Guest<H>> {
         &self.number.guest
-    }
-
-    /// The VMCS region, for logs.
-    pub fn vmcs_address(&self) -> Hpa {
-        self.vmcs.physical()
     }
 
     /// SETUP_TUNNEL: where the client finds the tunnel and the I/O buffer.
