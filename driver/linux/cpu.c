@@ -69,12 +69,38 @@ void haxm_os_kick(u32 cpu)
 	preempt_enable();
 }
 
-void haxm_os_set_vmxe(u32 on)
+/*
+ * Since 7.x only KVM's modules may change the kernel's copy of CR4. The core is
+ * told so (haxm_os_keeps_vmxe), and sets VMXE only while interrupts are off:
+ * the kernel does not write CR4 then, nor from NMI or machine-check handlers.
+ */
+#ifdef HAXM_CR4_DIRECT
+static void haxm_write_vmxe(bool on)
+{
+	unsigned long cr4;
+
+	asm volatile("mov %%cr4, %0" : "=r"(cr4) : : "memory");
+	cr4 = on ? cr4 | X86_CR4_VMXE : cr4 & ~X86_CR4_VMXE;
+	asm volatile("mov %0, %%cr4" : : "r"(cr4) : "memory");
+}
+#else
+static void haxm_write_vmxe(bool on)
 {
 	if (on)
 		cr4_set_bits(X86_CR4_VMXE);
 	else
 		cr4_clear_bits(X86_CR4_VMXE);
+}
+#endif
+
+void haxm_os_set_vmxe(u32 on)
+{
+	haxm_write_vmxe(on);
+}
+
+u32 haxm_os_keeps_vmxe(void)
+{
+	return !IS_ENABLED(HAXM_CR4_DIRECT);
 }
 
 /* An exit sets TR's limit to 67h, which leaves out the I/O permission bitmap. */

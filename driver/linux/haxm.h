@@ -50,6 +50,7 @@ int haxm_os_run_on(u32 cpu, void *call);
 void haxm_os_run_on_all(void *call);
 void haxm_os_kick(u32 cpu);
 void haxm_os_set_vmxe(u32 on);
+u32 haxm_os_keeps_vmxe(void);
 void haxm_os_guest_left(void);
 u32 haxm_os_event_pending(void);
 void haxm_os_yield(void);

@@ -113,6 +113,14 @@ pub unsafe trait Host: Clone + Send + Sync + 'static {
     /// Pinned; not cleared while in VMX operation.
     unsafe fn set_vmxe(&self, on: bool);
 
+    /// Whether CR4.VMXE, once set by [`Host::set_vmxe`], is still set after
+    /// interrupts were possible. `false` where the host writes CR4 from a copy
+    /// that a driver cannot change: VMX operation then begins and ends with
+    /// interrupts off, within one RUN, and nothing of ours outlasts it.
+    fn keeps_vmxe(&self) -> bool {
+        true
+    }
+
     /// A guest has left this processor: the exits set the limits of GDTR and
     /// IDTR to 0xffff and TR's to 0x67 (SDM 28.5.2 "Loading Host Segment and
     /// Descriptor-Table Registers"). GDTR is put right already; the host does

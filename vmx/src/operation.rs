@@ -5,6 +5,9 @@
 //! operation already (CR4.VMXE is set), we work inside its VMX operation: its
 //! current VMCS is put back before interrupts are possible again, and ours is
 //! clear by then, so neither can tell that the other was there.
+//!
+//! Some hosts cannot keep CR4.VMXE set for us ([`Host::keeps_vmxe`]). There
+//! VMXON and VMXOFF happen in each loan, with interrupts off between them.
 // UNSAFETY: executes VMXON, VMXOFF, VMCLEAR and VMPTRLD by the rules kept here.
 #![expect(unsafe_code)]
 
@@ -118,6 +121,8 @@ impl<H: Host> Operation<H> {
         self.host.run_on_all(&|| {
             if self.enter_here().is_err() {
                 failed.store(true, Ordering::SeqCst);
+            } else if !self.host.keeps_vmxe() {
+                self.leave_here();
             }
         });
         if failed.load(Ordering::SeqCst) {
@@ -135,7 +140,7 @@ impl<H: Host> Operation<H> {
 
     /// A processor came online, or woke. Called on it, unable to migrate.
     pub fn cpu_online(&self) {
-        if self.wanted.load(Ordering::SeqCst) {
+        if self.wanted.load(Ordering::SeqCst) && self.host.keeps_vmxe() {
             let _off = InterruptsOff::new(&self.host);
             // A failure shows again, as an error, at the first load here.
             let _ = self.enter_here();
@@ -201,6 +206,11 @@ impl<H: Host> Operation<H> {
             }
         }
         here.current.store(0, Ordering::SeqCst);
+        self.vmxoff_here(here);
+    }
+
+    /// VMXOFF of our VMXON. Interrupts are off, and no VMCS of ours is active here.
+    fn vmxoff_here(&self, here: &PerCpu<H>) {
         here.ours.store(false, Ordering::SeqCst);
         // SAFETY: our VMXON; nothing of ours is active here any more.
         let _ = unsafe { self.host.cpu().vmxoff() };
@@ -313,7 +323,8 @@ impl<H: Host> Operation<H> {
         }
     }
 
-    /// [`Operation::load`] inside another hypervisor's VMX operation.
+    /// [`Operation::load`] where VMX operation is another hypervisor's, or not
+    /// entered yet.
     fn load_borrowed<'a>(
         &'a self,
         active: &'a Active,
@@ -323,45 +334,52 @@ impl<H: Host> Operation<H> {
         let cpu = self.host.cpu();
         self.enter_here()?;
         let ours = here.ours.load(Ordering::Relaxed);
+        let lasts = ours && self.host.keeps_vmxe();
         // SAFETY: in VMX operation: `enter_here` returned.
         let theirs = if ours { None } else { unsafe { cpu.vmptrst() } };
         let vmcs = active.vmcs.load(Ordering::SeqCst);
+        // From here on its drop puts things back, whatever fails.
+        let loan = Loan {
+            operation: self,
+            fresh: true,
+            borrowed: (!lasts).then_some(Borrowed {
+                ours: Hpa(vmcs),
+                theirs,
+                leave: ours.then_some(here),
+            }),
+            _off: off,
+        };
         // SAFETY: in VMX operation; reserved and active nowhere: a borrowed loan
         // always ends clear.
         unsafe { cpu.vmclear(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
         // SAFETY: as above.
         unsafe { cpu.vmptrld(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
         self.forget_branches();
-        if ours {
+        if lasts {
             here.current.store(vmcs, Ordering::SeqCst);
             active.cpu.store(self.host.current_cpu(), Ordering::SeqCst);
-        } else {
+        } else if !ours {
             // Translations under our EPTP and VPID may be the other hypervisor's.
             self.drop_translations();
         }
-        Ok(Loan {
-            operation: self,
-            fresh: true,
-            borrowed: (!ours).then_some(Borrowed {
-                ours: Hpa(vmcs),
-                theirs,
-            }),
-            _off: off,
-        })
+        Ok(loan)
     }
 }
 
-/// What to put back when the VMX operation is another hypervisor's.
-struct Borrowed {
+/// What to put back when VMX operation is not ours beyond this loan.
+struct Borrowed<'a, H: Host> {
     ours: Hpa,
+    /// What was current in the other hypervisor's VMX operation.
     theirs: Option<Hpa>,
+    /// Here the loan's own VMX operation ends.
+    leave: Option<&'a PerCpu<H>>,
 }
 
 /// A VMCS is current on this processor, interrupts are off.
 pub struct Loan<'a, H: Host> {
     operation: &'a Operation<H>,
     fresh: bool,
-    borrowed: Option<Borrowed>,
+    borrowed: Option<Borrowed<'a, H>>,
     _off: InterruptsOff<'a, H>,
 }
 
@@ -380,9 +398,13 @@ impl<H: Host> Drop for Loan<'_, H> {
             return;
         };
         let cpu = self.operation.host.cpu();
-        // SAFETY: interrupts have been off since the load, so the other
-        // hypervisor's VMX operation still stands.
+        // SAFETY: interrupts have been off since the load, so VMX operation
+        // still stands, ours or the other hypervisor's.
         let _ = unsafe { cpu.vmclear(borrowed.ours) };
+        if let Some(here) = borrowed.leave {
+            self.operation.vmxoff_here(here);
+            return;
+        }
         // Translations tagged with our EPTP and VPID must not meet theirs.
         self.operation.drop_translations();
         if let Some(theirs) = borrowed.theirs {

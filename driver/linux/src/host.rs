@@ -115,6 +115,10 @@ unsafe impl Host for Linux {
         unsafe { ffi::haxm_os_set_vmxe(u32::from(on)) };
     }
 
+    fn keeps_vmxe(&self) -> bool {
+        ffi::haxm_os_keeps_vmxe() != 0
+    }
+
     fn guest_left(&self) {
         ffi::haxm_os_guest_left();
     }

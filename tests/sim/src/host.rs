@@ -162,6 +162,9 @@ unsafe impl Host for SimHost {
                 "interrupts_restore({saved}) with interrupts masked {depth} times"
             ));
         }
+        if saved == 0 {
+            self.check_vmxe();
+        }
         thread(|t| t.masked.set(saved));
         Cores::service(self.inner());
         Cores::release(self.inner());
@@ -212,6 +215,10 @@ unsafe impl Host for SimHost {
         let bit = 1 << 13;
         let cr4 = &mut state.cpus[cpu].cr4;
         *cr4 = if on { *cr4 | bit } else { *cr4 & !bit };
+    }
+
+    fn keeps_vmxe(&self) -> bool {
+        self.inner().keeps_vmxe.load(Ordering::SeqCst)
     }
 
     fn guest_left(&self) {
@@ -304,6 +311,22 @@ unsafe impl Host for SimHost {
 }
 
 impl SimHost {
+    /// Interrupts come on: a host that keeps its own CR4 would now write it.
+    fn check_vmxe(&self) {
+        let inner = self.inner();
+        if inner.keeps_vmxe.load(Ordering::SeqCst) {
+            return;
+        }
+        let cpu = inner.cores.current();
+        let mut state = inner.state();
+        let processor = &state.cpus[cpu];
+        if processor.foreign.is_none() && processor.cr4 & 1 << 13 != 0 {
+            state.finding(format!(
+                "CR4.VMXE set with interrupts on, on processor {cpu}, and the host does not know"
+            ));
+        }
+    }
+
     fn check_may_call(&self, what: &str) {
         if thread(|t| t.masked.get() > 0 || t.in_call.get() > 0) {
             self.inner()

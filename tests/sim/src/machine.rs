@@ -265,6 +265,7 @@ pub(crate) struct Inner {
     pub(crate) process: Mutex<Option<Process>>,
     pub(crate) clock: AtomicU64,
     pub(crate) event_pending: AtomicBool,
+    pub(crate) keeps_vmxe: AtomicBool,
     pub(crate) locks: AtomicUsize,
     pub(crate) listeners: AtomicUsize,
     pub(crate) zero_frame: u64,
@@ -329,6 +330,7 @@ impl Machine {
             process: Mutex::new(None),
             clock: AtomicU64::new(1),
             event_pending: AtomicBool::new(false),
+            keeps_vmxe: AtomicBool::new(true),
             locks: AtomicUsize::new(0),
             listeners: AtomicUsize::new(0),
             zero_frame,
@@ -429,6 +431,11 @@ impl Machine {
     /// Sends an NMI to a processor: the guest there exits if it should.
     pub fn nmi(&self, cpu: usize) {
         self.0.cores.raise_nmi(cpu);
+    }
+
+    /// What [`vmx::host::Host::keeps_vmxe`] says. Before the first VM.
+    pub fn set_keeps_vmxe(&self, keeps: bool) {
+        self.0.keeps_vmxe.store(keeps, Ordering::SeqCst);
     }
 
     /// What [`vmx::host::Host::event_pending`] says.

@@ -293,6 +293,7 @@ fn life(seed: u64, profile: Profile, wild: bool, seen: &mut Seen) {
     if r.one_in(4) {
         machine.add_foreign_hypervisor();
     }
+    machine.set_keeps_vmxe(!r.one_in(4));
     let client = Client::new(&machine);
     let modes: &[fn(&Client)] = if machine.profile().allows_secondary(7) {
         &[Client::real_mode, Client::protected_mode, Client::long_mode]
@@ -405,6 +406,7 @@ fn side_by_side() {
         let _named = Named("side by side", seed);
         let machine = Machine::new(Profile::haswell(), 3);
         machine.set_migrate(seed % 2 == 1);
+        machine.set_keeps_vmxe(seed % 4 < 2);
         let client = Client::new(&machine);
         client.protected_mode();
         let second = Vm::create_vcpu(&client.vm, 1).unwrap();
