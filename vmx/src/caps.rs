@@ -171,7 +171,7 @@ const PIN: Wanted = Wanted {
     word: "pin-based",
     required: Pin::EXTERNAL_INTERRUPT_EXITING.bits() | Pin::NMI_EXITING.bits(),
     optional: Pin::VIRTUAL_NMIS.bits(),
-    forbidden: 0,
+    forbidden: Pin::PREEMPTION_TIMER.bits(),
 };
 
 const PRIMARY: Wanted = Wanted {
@@ -187,8 +187,30 @@ const PRIMARY: Wanted = Wanted {
         | Primary::USE_MSR_BITMAPS.bits()
         | Primary::MONITOR_EXITING.bits(),
     optional: Primary::ACTIVATE_SECONDARY.bits(),
-    forbidden: Primary::RDTSC_EXITING.bits() | Primary::MONITOR_TRAP_FLAG.bits(),
+    forbidden: Primary::RDTSC_EXITING.bits()
+        | Primary::INVLPG_EXITING.bits()
+        | Primary::USE_TPR_SHADOW.bits()
+        | Primary::MONITOR_TRAP_FLAG.bits(),
 };
+
+/// Secondary controls that are never 1, by bit: SDM 25.6.2, table 25-7. The
+/// exits that they bring are answered with "cannot happen" (`vcpu::exit_table`).
+pub const NEVER_SECONDARY: u32 = 1 << 0 // virtualize APIC accesses
+    | 1 << 2 // descriptor-table exiting
+    | 1 << 8 // APIC-register virtualization
+    | 1 << 9 // virtual-interrupt delivery
+    | 1 << 11 // RDRAND exiting
+    | 1 << 13 // VM functions
+    | 1 << 15 // ENCLS exiting
+    | 1 << 16 // RDSEED exiting
+    | 1 << 17 // page-modification logging
+    | 1 << 21 // PASID translation
+    | 1 << 23 // sub-page write permissions
+    | 1 << 26 // user wait and pause
+    | 1 << 27 // PCONFIG
+    | 1 << 28 // ENCLV exiting
+    | 1 << 30 // bus-lock detection
+    | 1 << 31; // instruction timeout
 
 const SECONDARY: Wanted = Wanted {
     word: "secondary processor-based",
@@ -197,9 +219,11 @@ const SECONDARY: Wanted = Wanted {
         | Secondary::ENABLE_VPID.bits()
         | Secondary::UNRESTRICTED_GUEST.bits()
         | Secondary::PAUSE_LOOP_EXITING.bits()
+        // A guest's WBINVD would empty the host's caches.
+        | Secondary::WBINVD_EXITING.bits()
         | Secondary::ENABLE_RDTSCP.bits()
         | Secondary::ENABLE_INVPCID.bits(),
-    forbidden: Secondary::DESCRIPTOR_TABLE_EXITING.bits(),
+    forbidden: NEVER_SECONDARY,
 };
 
 // The interrupt that ends a run is left for the host to take, so it must not

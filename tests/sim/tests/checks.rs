@@ -7,6 +7,8 @@ use std::collections::BTreeSet;
 
 use sim::rig::Rig;
 use sim::{Check, Profile, Stage};
+use vmx::host::Host;
+use vmx::vcpu::entry_checks::first_violated;
 
 use states::{Change, INFO, apply, bad, bad_on_skylake, good};
 
@@ -53,6 +55,7 @@ fn fails(profile: Profile, check: Check, changes: &[Change]) {
                 _ => 0,
             };
             assert_eq!(rig.read(0x6400), qualification, "{check:?}");
+            named_by_the_core(&rig, check, &failures[0].checks);
             // 27.8: the injected event stays, and the VMCS stays clear.
             assert_eq!(rig.read(INFO), info);
             assert_eq!(rig.enter_as(true), Err(Some(5)));
@@ -60,6 +63,30 @@ fn fails(profile: Profile, check: Check, changes: &[Change]) {
     }
     // The rejected state may hold values that the host registers got.
     let _ = rig.machine.take_findings();
+}
+
+/// The core's own walk after a failure names one of the checks that failed.
+fn named_by_the_core(rig: &Rig, check: Check, failed: &[Check]) {
+    use Check::{
+        ActivityBlocking, ActivityEvent, ActivityHltDpl, ActivityUnsupported, LinkPointer, MsrLoad,
+    };
+    let caps = vmx::caps::examine(rig.machine.host().cpu()).expect("a processor with VMX");
+    let named = first_violated(|field| rig.read(field), &caps);
+    let never_changed = [
+        ActivityUnsupported,
+        ActivityHltDpl,
+        ActivityBlocking,
+        ActivityEvent,
+        LinkPointer,
+    ];
+    if never_changed.contains(&check) || check == MsrLoad {
+        return;
+    }
+    let names: Vec<String> = failed.iter().map(|check| format!("{check:?}")).collect();
+    assert!(
+        names.iter().any(|name| Some(name.as_str()) == named),
+        "{check:?}: {named:?}"
+    );
 }
 
 #[test]
@@ -87,6 +114,12 @@ fn the_good_states_enter() {
         let mut rig = Rig::new(Profile::haswell());
         apply(&rig, &changes);
         let expect = if name == "NMI window" { 8 } else { 1 };
+        let caps = vmx::caps::examine(rig.machine.host().cpu()).expect("a processor with VMX");
+        assert_eq!(
+            first_violated(|field| rig.read(field), &caps),
+            None,
+            "{name}"
+        );
         assert_eq!(
             rig.enter(),
             Ok(expect),

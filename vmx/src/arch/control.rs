@@ -18,6 +18,8 @@ bitflags! {
         const NMI_EXITING = PinbasedControls::NMI_EXITING.bits();
         /// Guest NMI blocking is tracked apart from the host's.
         const VIRTUAL_NMIS = PinbasedControls::VIRTUAL_NMIS.bits();
+        /// Exit when the VMX-preemption timer has run down.
+        const PREEMPTION_TIMER = PinbasedControls::VMX_PREEMPTION_TIMER.bits();
         const _ = !0;
     }
 

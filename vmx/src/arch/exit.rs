@@ -90,11 +90,20 @@ reasons! {
     UMWAIT = 67, "UMWAIT";
     TPAUSE = 68, "TPAUSE";
     LOADIWKEY = 69, "LOADIWKEY";
+    ENCLV = 70, "ENCLV";
+    ENQCMD_PASID = 72, "ENQCMD PASID translation failure";
+    ENQCMDS_PASID = 73, "ENQCMDS PASID translation failure";
+    BUS_LOCK = 74, "bus lock";
+    INSTRUCTION_TIMEOUT = 75, "instruction timeout";
+    SEAMCALL = 76, "SEAMCALL";
+    TDCALL = 77, "TDCALL";
+    RDMSRLIST = 78, "RDMSRLIST";
+    WRMSRLIST = 79, "WRMSRLIST";
 }
 
 impl ExitReason {
     /// One past the largest number that has a name.
-    pub const COUNT: usize = 70;
+    pub const COUNT: usize = 80;
     /// Bit 31 of the exit-reason field: the VM entry failed.
     pub const ENTRY_FAILURE: u32 = 1 << 31;
 

@@ -205,3 +205,7 @@ pub const DR7_RESET: u64 = 0x400;
 pub const DR7_WRITABLE: u64 = 0xffff_2bff;
 /// DR7.GD: a debug-register access raises #DB.
 pub const DR7_GD: u64 = 1 << 13;
+
+/// Bits of a present PDPTE of PAE paging that must be 0, below the address: SDM
+/// 4.4.1 "PDPTE Registers", table 4-8.
+pub const PDPTE_RESERVED: u64 = 0x1e6;

@@ -1,5 +1,6 @@
 //! An exit, decoded once from the VMCS into what the handlers see.
 
+use super::exit_table::Answer;
 use super::vmcs::Current;
 use crate::arch::addr::Gpa;
 use crate::arch::event::InterruptionInfo;
@@ -38,7 +39,7 @@ pub enum Exit {
     Rdpmc,
     /// A loop of PAUSEs: the guest waits for another of its processors.
     Spin,
-    /// An instruction that does nothing here: WBINVD, INVLPG.
+    /// An instruction that does nothing here: WBINVD, INVD.
     Skip,
     /// A control-register access.
     CrAccess(CrAccess),
@@ -96,7 +97,9 @@ impl Exit {
             ExitReason::EXCEPTION_OR_NMI => Self::Exception {
                 info: InterruptionInfo(current.read(field::EXIT_INTERRUPTION_INFO)),
             },
-            ExitReason::EXTERNAL_INTERRUPT => Self::ExternalInterrupt,
+            // INIT is blocked in VMX operation: the exit is all that came of it
+            // (SDM 26.2 "Other Causes of VM Exits"), and it is no guest's.
+            ExitReason::EXTERNAL_INTERRUPT | ExitReason::INIT => Self::ExternalInterrupt,
             ExitReason::TRIPLE_FAULT => Self::TripleFault,
             ExitReason::INTERRUPT_WINDOW => Self::InterruptWindow,
             ExitReason::NMI_WINDOW => Self::NmiWindow,
@@ -107,9 +110,6 @@ impl Exit {
             ExitReason::CPUID => Self::Cpuid,
             ExitReason::HLT => Self::Hlt,
             ExitReason::RDPMC => Self::Rdpmc,
-            // INVD need not write back what the caches hold, and may (SDM vol.
-            // 2, "INVD"): memory is coherent without either.
-            ExitReason::WBINVD | ExitReason::INVD | ExitReason::INVLPG => Self::Skip,
             ExitReason::PAUSE => Self::Spin,
             ExitReason::CR_ACCESS => Self::CrAccess(CrAccess::from_qualification(qualification())),
             ExitReason::DR_ACCESS => Self::DrAccess(DrQualification(qualification())),
@@ -122,34 +122,11 @@ impl Exit {
                 qualification: EptQualification(qualification()),
             },
             ExitReason::EPT_MISCONFIGURATION => Self::EptMisconfiguration { gpa: gpa() },
-            // Not offered in CPUID, so they do not exist.
-            ExitReason::GETSEC
-            | ExitReason::RSM
-            | ExitReason::VMCALL
-            | ExitReason::VMCLEAR
-            | ExitReason::VMLAUNCH
-            | ExitReason::VMPTRLD
-            | ExitReason::VMPTRST
-            | ExitReason::VMREAD
-            | ExitReason::VMRESUME
-            | ExitReason::VMWRITE
-            | ExitReason::VMXOFF
-            | ExitReason::VMXON
-            | ExitReason::INVEPT
-            | ExitReason::INVVPID
-            | ExitReason::VMFUNC
-            | ExitReason::MWAIT
-            | ExitReason::MONITOR
-            | ExitReason::RDTSCP
-            | ExitReason::INVPCID
-            | ExitReason::ENCLS
-            | ExitReason::XSAVES
-            | ExitReason::XRSTORS
-            | ExitReason::PCONFIG
-            | ExitReason::UMWAIT
-            | ExitReason::TPAUSE
-            | ExitReason::LOADIWKEY => Self::Undefined,
-            other => Self::Unexpected(other),
+            other => match Answer::to(other) {
+                Answer::Skipped => Self::Skip,
+                Answer::Undefined => Self::Undefined,
+                _ => Self::Unexpected(other),
+            },
         };
         (exit, reason)
     }

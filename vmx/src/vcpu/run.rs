@@ -19,7 +19,7 @@ use crate::Error;
 use crate::arch::addr::Gpa;
 use crate::arch::control::Primary;
 use crate::arch::field;
-use crate::arch::reg::{Cr0, Interruptibility, Rflags};
+use crate::arch::reg::{Cr0, Interruptibility, PDPTE_RESERVED, Rflags};
 use crate::host::{Host, Pinned};
 use crate::memory::{Access, FaultOutcome};
 
@@ -306,8 +306,6 @@ impl<H: Host> Vcpu<H> {
     /// Loads the PDPTEs for PAE paging from memory: SDM 4.4.1 "PDPTE
     /// Registers"; with EPT an entry takes them from the VMCS.
     fn load_pdptes(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
-        /// Bits of a present PDPTE that must be 0, below the address.
-        const RESERVED: u64 = 0x1e6;
         let cr3 = self.with_vmcs(inner, |current, _| current.read(field::GUEST_CR3))?;
         let mut bytes = [0; 32];
         let table = Gpa(cr3 & 0xffff_ffe0);
@@ -320,7 +318,7 @@ impl<H: Host> Vcpu<H> {
         }
         let bits = u32::from(self.guest().caps().physical_bits.min(52));
         let above = !0u64.checked_shl(bits).map_or(0, |mask| !mask);
-        let bad = |entry: &u64| entry & 1 != 0 && entry & (RESERVED | above) != 0;
+        let bad = |entry: &u64| entry & 1 != 0 && entry & (PDPTE_RESERVED | above) != 0;
         inner.pdptes_stale = false;
         if entries.iter().any(bad) {
             let exception = crate::arch::event::Exception::gp(0);

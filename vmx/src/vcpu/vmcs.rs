@@ -67,6 +67,8 @@ impl<'a, H: Host> Current<'a, H> {
     }
 
     /// VMREAD of any field, for a dump; `None` if the processor has none such.
+    #[cold]
+    #[inline(never)]
     pub fn peek(&self, encoding: u32) -> Option<u64> {
         // SAFETY: the loan keeps a VMCS of ours current.
         unsafe { self.cpu.vmread(encoding) }.ok()

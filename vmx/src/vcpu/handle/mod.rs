@@ -9,6 +9,7 @@ mod system;
 use abi::tunnel::ExitStatus;
 
 use super::decode::Exit;
+use super::entry_checks::first_violated;
 use super::vmcs::Current;
 use super::{Inner, Vcpu};
 use crate::arch::addr::Gpa;
@@ -100,7 +101,7 @@ pub fn dispatch<H: Host>(
         Exit::EntryFailure {
             reason,
             qualification,
-        } => entry_failed(inner, current, reason, qualification),
+        } => entry_failed(vcpu, inner, current, reason, qualification),
         Exit::Unexpected(reason) => {
             log::error!(
                 "exit {} ({}) that no control allows",
@@ -119,14 +120,30 @@ pub fn lost<H: Host>(inner: &mut Inner<H>, why: &str) -> Next {
     Next::Leave(ExitStatus::StateChange)
 }
 
+#[cold]
 fn entry_failed<H: Host>(
+    vcpu: &Vcpu<H>,
     inner: &mut Inner<H>,
     current: &Current<'_, H>,
     reason: ExitReason,
     qualification: u64,
 ) -> Next {
     inner.dead = true;
-    log::error!("{}, qualification {qualification:#x}", reason.text());
+    if reason == ExitReason::ENTRY_MACHINE_CHECK {
+        // The host's, as an #MC in the guest is: SDM 27.9 "Machine-Check Events
+        // During VM Entry".
+        Vcpu::raise_host_machine_check(current);
+    }
+    let get = |encoding| current.peek(encoding).unwrap_or(0);
+    let check = match reason {
+        ExitReason::INVALID_GUEST_STATE => first_violated(get, vcpu.guest().caps()),
+        _ => None,
+    };
+    log::error!(
+        "{}, qualification {qualification:#x}, check {}",
+        reason.text(),
+        check.unwrap_or("unknown")
+    );
     for (encoding, name) in field::ALL {
         if let Some(value) = current.peek(*encoding) {
             log::debug!("  {name} = {value:#x}");
