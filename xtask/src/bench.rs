@@ -22,13 +22,13 @@ Prints a table and writes target/bench/KERNEL.json.
   --kernel 6.1|6.12   Debian's kernel (6.1)
   --no-linux          leave the Linux guest out
   --docs              write the table into docs/performance.md
-With FILTER only the groups of rows whose name contains it; no Linux guest.";
+With FILTER, words that commas separate, only the groups of rows whose name contains one; no Linux guest.";
 
 /// The client runs on the emulated PC whatever the host is.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// What KVM is made of, in the order it is inserted.
-const KVM: &[&str] = &["irqbypass", "kvm", "kvm-intel"];
+pub(crate) const KVM: &[&str] = &["irqbypass", "kvm", "kvm-intel"];
 
 /// One row of one side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,11 +84,7 @@ fn options(args: &[String]) -> Result<Option<Options>> {
                 .clone_into(&mut options.series),
             "--no-linux" => options.linux = false,
             "--docs" => options.docs = true,
-            // The filter becomes part of a shell script.
-            word if options.filter.is_empty()
-                && !word.is_empty()
-                && word.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') =>
-            {
+            word if options.filter.is_empty() && !word.is_empty() && is_filter(word) => {
                 word.clone_into(&mut options.filter);
             }
             _ => bail!("cannot make sense of '{arg}'\n{HELP}"),
@@ -99,6 +95,12 @@ fn options(args: &[String]) -> Result<Option<Options>> {
         "the document wants all rows: no FILTER with --docs"
     );
     Ok(Some(options))
+}
+
+/// Words that commas separate. They become part of a shell script.
+pub(crate) fn is_filter(word: &str) -> bool {
+    word.chars()
+        .all(|c| c.is_ascii_alphanumeric() || c == '_' || c == ',')
 }
 
 /// Runs the command with the words after its name.
@@ -304,7 +306,7 @@ fn text_size(module: &Path) -> Result<u64> {
 }
 
 /// Builds the client in its own target folder and returns the path of the binary.
-fn build_client() -> Result<PathBuf> {
+pub(crate) fn build_client() -> Result<PathBuf> {
     // The C library's archive, and a linker.
     packages::ensure_packages(&["libc6-dev", "gcc"])?;
     let target_dir = workspace_root().join("target/bench/build");

@@ -8,6 +8,7 @@ mod bench;
 mod conformance;
 mod lint;
 mod module;
+mod profile;
 mod run;
 mod setup;
 mod test;
@@ -51,6 +52,11 @@ const COMMANDS: &[Command] = &[
         name: "module",
         about: "[--kernel 6.1|6.12|DIR]  build haxm.ko",
         run: module::run,
+    },
+    Command {
+        name: "profile",
+        about: "[--kernel K] [--kvm] [ROW...]  where the ticks of a bench row go, function by function",
+        run: profile::run,
     },
     Command {
         name: "run",

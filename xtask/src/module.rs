@@ -84,6 +84,20 @@ pub(crate) fn build(kernel: &str) -> Result<PathBuf> {
     build_for(&headers, &object)
 }
 
+/// [`build`], the same code with line tables, in a folder of its own, for `cargo xtask profile`.
+///
+/// # Errors
+/// Something is missing or does not build.
+pub(crate) fn build_with_lines(kernel: &str) -> Result<PathBuf> {
+    let mut headers = Headers::find(kernel)?;
+    headers.name.push_str("-lines");
+    packages::ensure_packages(NEEDED)?;
+    let work = WorkFolder::at(&folder())?;
+    let _lock = work.lock(&headers.name)?;
+    let object = compile_object(&work, "-lines", "line-tables-only")?;
+    build_for(&headers, &object)
+}
+
 /// `target/module` of the workspace.
 fn folder() -> PathBuf {
     workspace_root().join("target").join("module")
@@ -97,7 +111,7 @@ pub(crate) fn build_object() -> Result<PathBuf> {
     packages::ensure_packages(NEEDED)?;
     let work = WorkFolder::at(&folder())?;
     let _lock = work.lock("object")?;
-    let object = compile_object(&work)?;
+    let object = compile_object(&work, "", "none")?;
     let report = object::check(&object)?;
     ensure!(
         report.findings.is_empty(),
@@ -109,14 +123,15 @@ pub(crate) fn build_object() -> Result<PathBuf> {
     Ok(object)
 }
 
-/// Compiles the Rust half into one object, unchecked; returns its path.
+/// Compiles the Rust half into one object, unchecked; returns its path. `suffix` tells apart what was
+/// compiled with different debugging information, `debug` as Cargo names it.
 ///
 /// # Errors
 /// It does not compile.
-fn compile_object(work: &WorkFolder) -> Result<PathBuf> {
+fn compile_object(work: &WorkFolder, suffix: &str, debug: &str) -> Result<PathBuf> {
     let compiler = sysroot::Compiler::find()?;
     let sysroot = compiler.sysroot(work)?;
-    let target_dir = work.path("cargo");
+    let target_dir = work.path(&format!("cargo{suffix}"));
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let flags = compiler.flags_of_crates(&sysroot);
     let status = Command::new(cargo)
@@ -127,6 +142,7 @@ fn compile_object(work: &WorkFolder) -> Result<PathBuf> {
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
         .env("CARGO_TARGET_DIR", &target_dir)
+        .env("CARGO_PROFILE_MODULE_DEBUG", debug)
         .env_remove("RUSTC_WRAPPER")
         .env_remove("RUSTFLAGS")
         .env_remove("MAKEFLAGS")
@@ -136,7 +152,7 @@ fn compile_object(work: &WorkFolder) -> Result<PathBuf> {
     let archive = target_dir
         .join(sysroot::TARGET)
         .join("module/libhaxm_linux.a");
-    let object = work.path("core.o");
+    let object = work.path(&format!("core{suffix}.o"));
     extract(&archive, &object)?;
     Ok(object)
 }

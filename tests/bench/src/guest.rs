@@ -83,10 +83,15 @@ macro_rules! measured {
             "mov edi, 0x100000",
             "mov ebp, 1024",
             "mov ebx, 0x400000",
-            "2: rdtsc",
+            // The marks of `crate::mark`: NOPs.
+            "2: .byte 0x0f, 0x1f, 0x80",
+            ".long 0x4d584149",
+            "rdtsc",
             "mov esi, eax",
             $($line,)*
             "rdtsc",
+            ".byte 0x0f, 0x1f, 0x80",
+            ".long 0x4d58414a",
             "sub eax, esi",
             "stosd",
             "dec ebp",

@@ -7,6 +7,7 @@ mod api;
 mod guest;
 mod haxm;
 mod kvm;
+mod mark;
 mod ram;
 mod rows;
 mod sample;
@@ -24,8 +25,15 @@ fn main() -> ExitCode {
     let failed = match side {
         "haxm" => rows::all::<haxm::Haxm>(filter),
         "kvm" => rows::all::<kvm::KvmApi>(filter),
+        "symbols" => match mark::send_symbols() {
+            Ok(()) => 0,
+            Err(error) => {
+                eprintln!("the kernel's symbols: {error:#}");
+                1
+            }
+        },
         _ => {
-            eprintln!("usage: haxm-bench haxm|kvm [FILTER]");
+            eprintln!("usage: haxm-bench haxm|kvm [FILTER,FILTER...] | symbols");
             return ExitCode::from(2);
         }
     };

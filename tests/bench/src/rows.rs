@@ -6,6 +6,7 @@ use crate::api::{Api, Exit, Vcpu, Vm, request};
 use crate::guest::{
     self, Guest, OTHER_PORT, PORT, RAM_SIZE, STRING, TOUCHED, TOUCHED_SIZE, VECTOR,
 };
+use crate::mark;
 use crate::ram::Ram;
 use crate::sample::{Samples, ticks};
 use crate::{code, measured};
@@ -16,7 +17,8 @@ const ROUNDS: usize = 256;
 /// A group of rows and what measures it.
 type Row<A> = (&'static str, fn(&A) -> Result<()>);
 
-/// Measures all rows whose group's name contains the filter; returns how many could not be.
+/// Measures all rows whose group's name contains one of the filter's words, which commas separate; returns how many
+/// could not be.
 pub fn all<A: Api>(filter: &str) -> u32 {
     let rows: [Row<A>; 17] = [
         ("null", null),
@@ -38,7 +40,8 @@ pub fn all<A: Api>(filter: &str) -> u32 {
         ("slots", slots),
     ];
     let mut failed = 0;
-    for (name, row) in rows.iter().filter(|(name, _)| name.contains(filter)) {
+    let wanted = |name: &str| filter.split(',').any(|word| name.contains(word));
+    for (name, row) in rows.iter().filter(|(name, _)| wanted(name)) {
         if let Err(error) = A::open().and_then(|api| row(&api)) {
             println!("@@FAILED {name}: {error:#}");
             failed += 1;
@@ -57,11 +60,15 @@ fn sample(name: &str, mut body: impl FnMut() -> Result<()>) -> Result<()> {
         body()?;
     }
     let mut samples = Samples::default();
+    mark::row(Some(name));
     for _ in 0..ROUNDS {
+        mark::begin();
         let (ticks, result) = ticks(&mut body);
+        mark::end();
         result?;
         samples.push(ticks);
     }
+    mark::row(None);
     samples.print(name);
     Ok(())
 }
@@ -186,17 +193,21 @@ fn inject<A: Api>(api: &A) -> Result<()> {
     guest.expect(main)?;
     guest.expect(main)?;
     let mut samples = Samples::default();
+    mark::row(Some("inject"));
     for round in 0..2 * ROUNDS {
+        mark::begin();
         let (ticks, result) = ticks(|| {
             guest.vcpu.interrupt(VECTOR)?;
             guest.expect(handler)
         });
+        mark::end();
         result?;
         guest.expect(main)?;
         if round >= ROUNDS {
             samples.push(ticks);
         }
     }
+    mark::row(None);
     samples.print("inject");
     Ok(())
 }
@@ -208,7 +219,9 @@ fn inside<A: Api>(api: &A, name: &str, code: &[u8]) -> Result<()> {
 }
 
 fn inside_of<A: Api>(guest: &Guest<A>, name: &str) -> Result<()> {
+    mark::row(Some(name));
     guest.expect(Exit::Halt)?;
+    mark::row(None);
     guest.results().collect::<Samples>().print(name);
     Ok(())
 }

@@ -20,6 +20,12 @@ const SHA256: &str = "78f6c73d4a6472d5130a87ab9dc306d02c7c71ed8e25b3a8ef642e2a7a
 /// Without it a guest that has interrupts masked when it is entered is never interrupted: see the patch.
 const EXTERNAL_INTERRUPT: &str = include_str!("../patches/bochs-external-interrupt.patch");
 
+/// What counts instructions in the profiler's build, in the place of Bochs's own empty hooks.
+const INSTRUMENT: [(&str, &str); 2] = [
+    ("instrument.h", include_str!("../profiler/instrument.h")),
+    ("instrument.cc", include_str!("../profiler/instrument.cc")),
+];
+
 /// No debugger, no plugins, no window: twice as quick as a distribution's build.
 const CONFIGURE: &[&str] = &[
     "CFLAGS=-O2 -pipe",
@@ -48,6 +54,8 @@ const CONFIGURE: &[&str] = &[
 pub enum Build {
     /// 3.0, built here.
     Own,
+    /// The same, and it counts instructions: see `profiler/instrument.h`.
+    Profiler,
     /// 2.7, Debian's package.
     Debian,
 }
@@ -70,7 +78,7 @@ impl Bochs {
     /// Neither build is to be had; the text gives both reasons.
     pub fn ensure(work: &WorkFolder) -> Result<Self> {
         match std::env::var(ENVIRONMENT).as_deref() {
-            Ok("own") => return own(work),
+            Ok("own") => return own(work, Build::Own),
             Ok("debian") => return debian(work),
             Ok(other) => bail!("{ENVIRONMENT} is '{other}', not own or debian"),
             Err(_) => {}
@@ -79,7 +87,7 @@ impl Bochs {
         if work.read("bochs.fallback").is_some() {
             return debian(work);
         }
-        own(work).or_else(|error| {
+        own(work, Build::Own).or_else(|error| {
             progress(&format!("Bochs 3.0 is not to be had: {error:#}"));
             progress("using Debian's own Bochs, which is slower");
             let bochs =
@@ -88,17 +96,30 @@ impl Bochs {
             Ok(bochs)
         })
     }
+
+    /// Fetches and builds the emulator that counts instructions, once.
+    ///
+    /// # Errors
+    /// It is not to be had.
+    pub fn ensure_profiler(work: &WorkFolder) -> Result<Self> {
+        own(work, Build::Profiler)
+    }
 }
 
-fn own(work: &WorkFolder) -> Result<Bochs> {
+fn own(work: &WorkFolder, build: Build) -> Result<Bochs> {
     let mut recipe = CONFIGURE.to_vec();
     recipe.extend([TARBALL, SHA256, EXTERNAL_INTERRUPT, "1"]);
-    let name = format!("bochs-3.0-{}", key(&recipe));
+    let name = if build == Build::Profiler {
+        recipe.extend(INSTRUMENT.iter().map(|(_, text)| *text));
+        format!("bochs-3.0-profiler-{}", key(&recipe))
+    } else {
+        format!("bochs-3.0-{}", key(&recipe))
+    };
     let folder = work.once(&name, |dir| {
         // Kept when interrupted, so that make goes on where it was.
         let source = work.path(&format!("{name}.source"));
         if !source.exists() {
-            unpack_and_configure(work, &source)?;
+            unpack_and_configure(work, &source, build)?;
         }
         progress("building Bochs 3.0 (about 2 minutes on 2 cores)");
         let jobs = std::thread::available_parallelism().map_or(2, usize::from);
@@ -117,14 +138,14 @@ fn own(work: &WorkFolder) -> Result<Bochs> {
         Ok(fs::remove_dir_all(&source)?)
     })?;
     Ok(Bochs {
-        build: Build::Own,
+        build,
         program: folder.join("bochs"),
         bios: bios(&folder)?,
     })
 }
 
 /// Makes the folder `source`, ready for make.
-fn unpack_and_configure(work: &WorkFolder, source: &Path) -> Result<()> {
+fn unpack_and_configure(work: &WorkFolder, source: &Path, build: Build) -> Result<()> {
     let tarball = work.path(TARBALL);
     if !tarball.exists() {
         progress("fetching the source of Bochs 3.0 (4 MB)");
@@ -145,6 +166,12 @@ fn unpack_and_configure(work: &WorkFolder, source: &Path) -> Result<()> {
     apply(EXTERNAL_INTERRUPT, &part)?;
     let mut configure = Command::new("./configure");
     configure.args(CONFIGURE).current_dir(&part);
+    if build == Build::Profiler {
+        for (file, text) in INSTRUMENT {
+            fs::write(part.join("instrument/stubs").join(file), text)?;
+        }
+        configure.arg("--enable-instrumentation");
+    }
     command::logged(&mut configure, &work.path("bochs-configure.log"))?;
     Ok(fs::rename(&part, source)?)
 }

@@ -69,6 +69,7 @@ pub struct Pc {
     ignore_bad_msrs: bool,
     report_errors: bool,
     keep: bool,
+    profile: bool,
 }
 
 impl Default for Pc {
@@ -94,6 +95,7 @@ impl Pc {
             ignore_bad_msrs: true,
             report_errors: false,
             keep: false,
+            profile: false,
         }
     }
 
@@ -194,6 +196,14 @@ impl Pc {
         self
     }
 
+    /// Uses the emulator that counts instructions between marks (`profiler/instrument.h`): what it counts is in
+    /// `profile.txt` of the run's folder. Implies [`Pc::keep`].
+    pub fn profile(mut self) -> Self {
+        self.profile = true;
+        self.keep = true;
+        self
+    }
+
     /// Keeps the run's folder even when it succeeds.
     pub fn keep(mut self) -> Self {
         self.keep = true;
@@ -217,7 +227,11 @@ impl Pc {
         );
         let work = WorkFolder::open()?;
         packages::ensure_packages(packages::NEEDED)?;
-        let bochs = Bochs::ensure(&work)?;
+        let bochs = if self.profile {
+            Bochs::ensure_profiler(&work)?
+        } else {
+            Bochs::ensure(&work)?
+        };
         let pieces = Pieces::ensure(&work)?;
         let kernel = Kernel::ensure(&work, self.flavour)?;
         let run = RunFolder::new(&work)?;
@@ -284,7 +298,7 @@ impl Pc {
 
     /// The emulator's configuration file. Paths are relative to the run's folder where they can be.
     fn config(&self, bochs: &Bochs, pieces: &Pieces, geometry: Geometry) -> String {
-        let own = bochs.build == Build::Own;
+        let own = bochs.build != Build::Debian;
         let display = if own {
             "nogui"
         } else {
