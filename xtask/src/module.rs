@@ -201,14 +201,11 @@ impl Headers {
     fn find(target: &str) -> Result<Self> {
         if let Ok(flavour) = Flavour::from_series(target) {
             let kernel = Kernel::ensure(&WorkFolder::open()?, flavour)?;
-            // Some configurations name it with its target in front; the package has the plain name.
-            let full = kernel.compiler.as_str();
-            let plain = full.strip_prefix("x86_64-linux-gnu-").unwrap_or(full);
-            packages::ensure_packages(&[plain])?;
+            kernel.ensure_build_packages()?;
             return Ok(Self {
                 name: target.to_owned(),
                 dir: kernel.headers_dir,
-                compiler: Some(plain.to_owned()),
+                compiler: Some(kernel.compiler),
             });
         }
         let dir = PathBuf::from(target).canonicalize().with_context(|| {
@@ -290,8 +287,9 @@ fn without_notes(object: &Path) -> Result<Vec<u8>> {
 fn warnings(log: &str) -> Vec<String> {
     log.lines()
         .filter(|l| l.to_lowercase().contains("warning"))
-        // Debian's own compiler of a later security upload.
+        // Debian's own compiler of a later security upload; no types are made with pahole.
         .filter(|l| !l.contains("the compiler differs from the one used to build the kernel"))
+        .filter(|l| !l.contains("pahole version differs from the one used to build the kernel"))
         .map(str::to_owned)
         .collect()
 }

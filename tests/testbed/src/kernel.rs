@@ -1,14 +1,17 @@
 //! A stock Debian kernel for the emulated PC, with its modules and the headers to build more:
 //! resolved in the archive when first wanted, unpacked and never installed.
 
+mod install;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
-use crate::bzimage::{self, Packing};
+use crate::archive::Archive;
+use crate::bzimage::Packing;
 use crate::command;
 use crate::folder::{WorkFolder, progress};
 use crate::packages;
@@ -21,11 +24,14 @@ pub enum Flavour {
     Cloud6_1,
     /// Linux 6.12, cloud configuration, of Debian 12's backports.
     Cloud6_12,
+    /// The newest Linux 7, cloud configuration, that Debian 13's backports have: what users of
+    /// newer systems have, and what the module must build for next.
+    Cloud7,
 }
 
 impl Flavour {
     /// All of them.
-    pub const ALL: &[Flavour] = &[Flavour::Cloud6_1, Flavour::Cloud6_12];
+    pub const ALL: &[Flavour] = &[Flavour::Cloud6_1, Flavour::Cloud6_12, Flavour::Cloud7];
 
     /// The series, as people and package names write it.
     #[must_use]
@@ -33,6 +39,7 @@ impl Flavour {
         match self {
             Flavour::Cloud6_1 => "6.1",
             Flavour::Cloud6_12 => "6.12",
+            Flavour::Cloud7 => "7",
         }
     }
 
@@ -44,13 +51,16 @@ impl Flavour {
         let found = Self::ALL.iter().find(|f| f.series() == series);
         found
             .copied()
-            .with_context(|| format!("no kernel series '{series}' (6.1, 6.12)"))
+            .with_context(|| format!("no kernel series '{series}' (6.1, 6.12, 7)"))
     }
 }
 
-const SUFFIX: &str = "-cloud-amd64";
+/// The suites that [`Flavour::Cloud7`] comes from.
+const LATER: &[&str] = &["trixie", "trixie-backports"];
 /// The file in a kernel's folder that lists [`Kernel::build_packages`].
 const BUILD_PACKAGES: &str = "build-packages";
+/// The file in a kernel's folder that stands for a compiler this machine does not have.
+const COMPILER: &str = "cc";
 
 /// A kernel in the work folder.
 #[derive(Clone, Debug)]
@@ -63,7 +73,8 @@ pub struct Kernel {
     pub modules_dir: PathBuf,
     /// What `make -C` wants for building modules (`KDIR`).
     pub headers_dir: PathBuf,
-    /// The compiler Debian built it with, for modules: `gcc-12`.
+    /// The compiler Debian built it with, for modules: `gcc-12`. The path of a script where this
+    /// release of Debian does not have that one.
     pub compiler: String,
     /// The Debian packages that building a module needs installed.
     pub build_packages: Vec<String>,
@@ -83,15 +94,19 @@ impl Kernel {
                 return Self::open(&known, release.trim());
             }
         }
-        let mut releases = candidates(flavour)?;
-        if releases.is_empty() {
+        let archive = match flavour {
+            Flavour::Cloud7 => Archive::of(work, LATER, "amd64")?,
+            Flavour::Cloud6_1 | Flavour::Cloud6_12 => Archive::machine(),
+        };
+        let mut releases = install::candidates(&archive, flavour.series())?;
+        if releases.is_empty() && flavour != Flavour::Cloud7 {
             packages::refresh_lists()?;
-            releases = candidates(flavour)?;
+            releases = install::candidates(&archive, flavour.series())?;
         }
         let mut failure = None;
         // The lists may name a version that the mirror has no more: try the next ones too.
         for release in releases.iter().rev().take(3) {
-            match install(work, release) {
+            match install::install(work, &archive, release) {
                 Ok(dir) => {
                     work.write(&memo, release)?;
                     return Self::open(&dir, release);
@@ -111,11 +126,19 @@ impl Kernel {
         let config = fs::read_to_string(headers_dir.join(".config"))
             .with_context(|| format!("{} is damaged: remove it", dir.display()))?;
         // CONFIG_CC_VERSION_TEXT="gcc-12 (Debian ...) ..."
-        let compiler = config
+        let named = config
             .lines()
             .find_map(|l| l.strip_prefix("CONFIG_CC_VERSION_TEXT=\""))
             .and_then(|l| l.split(' ').next())
             .unwrap_or("gcc");
+        let instead = dir.join(COMPILER);
+        let compiler = if instead.exists() {
+            instead.display().to_string()
+        } else {
+            // Some configurations name it with its target in front; the package has the plain name.
+            let plain = named.strip_prefix("x86_64-linux-gnu-");
+            plain.unwrap_or(named).to_owned()
+        };
         let build_packages = fs::read_to_string(dir.join(BUILD_PACKAGES))
             .with_context(|| format!("{} is damaged: remove it", dir.display()))?;
         Ok(Self {
@@ -123,7 +146,7 @@ impl Kernel {
             vmlinux: dir.join("vmlinux"),
             modules_dir: dir.join("lib/modules").join(release),
             headers_dir,
-            compiler: compiler.to_owned(),
+            compiler,
             build_packages: build_packages.lines().map(str::to_owned).collect(),
         })
     }
@@ -240,138 +263,9 @@ fn collect_modules(dir: &Path, into: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// The numbers of a version, for comparing.
-fn numbers(version: &str) -> Vec<u64> {
-    let digits = version.split(|c: char| !c.is_ascii_digit());
-    digits.filter_map(|d| d.parse().ok()).collect()
-}
-
-/// Releases that have an image and headers, oldest first.
-fn candidates(flavour: Flavour) -> Result<Vec<String>> {
-    let series = flavour.series();
-    let headers = packages::names(&format!("linux-headers-{series}."))?;
-    let images = packages::names(&format!("linux-image-{series}."))?;
-    Ok(select(&headers, &images))
-}
-
-/// `release` of each linux-headers package that has an image, signed or not, oldest first.
-fn select(headers: &[String], images: &[String]) -> Vec<String> {
-    let images: BTreeSet<&str> = images
-        .iter()
-        .filter_map(|i| i.strip_prefix("linux-image-"))
-        .map(|i| i.strip_suffix("-unsigned").unwrap_or(i))
-        .collect();
-    let mut found: Vec<String> = headers
-        .iter()
-        .filter_map(|h| h.strip_prefix("linux-headers-"))
-        .filter(|r| r.ends_with(SUFFIX) && images.contains(r))
-        .map(str::to_owned)
-        .collect();
-    found.sort_by_key(|r| numbers(r));
-    found.dedup();
-    found
-}
-
-/// Fetches and unpacks a kernel into `kernel-<release>`.
-fn install(work: &WorkFolder, release: &str) -> Result<PathBuf> {
-    work.once(&format!("kernel-{release}"), |dir| {
-        progress(&format!(
-            "fetching Debian's kernel {release} and its headers (about 45 MB)"
-        ));
-        let headers = format!("linux-headers-{release}");
-        let more = packages::dependencies(&headers)?;
-        let more = more.iter().filter(|d| {
-            d.starts_with("linux-kbuild-")
-                || (d.starts_with("linux-headers-") && d.ends_with("-common"))
-        });
-        let mut wanted = vec![headers.as_str()];
-        wanted.extend(more.map(String::as_str));
-        ensure!(
-            wanted.len() == 3,
-            "{headers} has unusual dependencies: {wanted:?}"
-        );
-        // The unsigned image is the same kernel; one of the two is always in the archive.
-        let (unsigned, signed) = (
-            format!("linux-image-{release}-unsigned"),
-            format!("linux-image-{release}"),
-        );
-        let known = packages::names(&unsigned)?;
-        wanted.push(if known.contains(&unsigned) {
-            &unsigned
-        } else {
-            &signed
-        });
-        let files = packages::fetch(work, &wanted)?;
-        packages::unpack(&files, dir)?;
-        fs::write(
-            dir.join(BUILD_PACKAGES),
-            build_packages(&headers)?.join("\n"),
-        )?;
-        relocate_headers(&dir.join("usr/src").join(&headers))?;
-        let image = fs::read(dir.join("boot").join(format!("vmlinuz-{release}")))?;
-        fs::write(dir.join("vmlinux"), bzimage::vmlinux(&image)?)?;
-        // Documentation and the packed kernel are not used again.
-        for path in ["usr/share", "boot"] {
-            fs::remove_dir_all(dir.join(path))?;
-        }
-        Ok(())
-    })
-}
-
-/// What the dependencies of the headers and of their tools come to, without the headers themselves.
-fn build_packages(headers: &str) -> Result<Vec<String>> {
-    let mut all = BTreeSet::from(["make".to_owned()]);
-    for name in packages::dependencies(headers)? {
-        if name.starts_with("linux-kbuild-") {
-            all.extend(packages::dependencies(&name)?);
-        } else if let Some(compiler) = name.strip_prefix("linux-compiler-") {
-            // linux-compiler-gcc-12-x86 is an empty package that wants gcc-12.
-            all.insert(compiler.trim_end_matches("-x86").to_owned());
-        } else if name.starts_with("gcc-") {
-            all.insert(name);
-        }
-    }
-    Ok(all.into_iter().collect())
-}
-
-/// Debian's headers include their common part by its place after installation: make it relative.
-fn relocate_headers(headers: &Path) -> Result<()> {
-    let makefile = headers.join("Makefile");
-    let text = fs::read_to_string(&makefile)?;
-    let here = "$(dir $(lastword $(MAKEFILE_LIST)))../";
-    let changed = text.replace("/usr/src/", here);
-    ensure!(changed != text, "{} is not as expected", makefile.display());
-    fs::write(&makefile, changed)?;
-    // Their own tools are built for Debian's libraries: see here, not in a build, if they do not run.
-    let modpost = headers.join("scripts/mod/modpost");
-    command::output(Command::new("test").arg("-x").arg(&modpost))
-        .map(drop)
-        .context("the headers' scripts are not where they should be")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_newest_release_with_headers_wins() {
-        let names = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>();
-        let headers = names(&[
-            "linux-headers-6.1.0-9-cloud-amd64",
-            "linux-headers-6.1.0-50-cloud-amd64",
-            "linux-headers-6.1.0-51-cloud-amd64",
-            "linux-headers-6.1.0-52-amd64",
-            "linux-headers-6.1.0-52-common",
-        ]);
-        let images = names(&[
-            "linux-image-6.1.0-9-cloud-amd64",
-            "linux-image-6.1.0-50-cloud-amd64-unsigned",
-            "linux-image-6.1.0-52-amd64",
-            "linux-image-6.1.0-51-cloud-amd64-dbg",
-        ]);
-        let found = select(&headers, &images);
-        assert_eq!(found, ["6.1.0-9-cloud-amd64", "6.1.0-50-cloud-amd64"]);
-    }
 
     #[test]
     fn dependencies_of_a_module_are_read() {

@@ -19,6 +19,7 @@
 //!
 //! Everything needed is installed, fetched or built at first use and kept in the [`folder`].
 
+pub mod archive;
 pub mod bochs;
 pub mod bzimage;
 pub mod client;

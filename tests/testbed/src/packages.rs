@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::archive::Archive;
 use crate::command;
 use crate::folder::{WorkFolder, progress};
 
@@ -115,62 +116,20 @@ pub fn refresh_lists() -> Result<()> {
     as_root(&["update"])
 }
 
-/// All package names that begin with `prefix`.
+/// All package names of this machine's release that begin with `prefix`.
 ///
 /// # Errors
-/// apt-cache cannot be run.
+/// See [`Archive::names`].
 pub fn names(prefix: &str) -> Result<Vec<String>> {
-    let text = command::output(Command::new("apt-cache").args(["pkgnames", prefix]))?;
-    Ok(text.lines().map(str::to_owned).collect())
+    Archive::machine().names(prefix)
 }
 
-/// What `package` depends on, first alternatives included.
+/// Fetches packages of this machine's release.
 ///
 /// # Errors
-/// apt-cache cannot be run or does not know it.
-pub fn dependencies(package: &str) -> Result<Vec<String>> {
-    let text = command::output(Command::new("apt-cache").args(["depends", package]))?;
-    let names = text.lines().filter_map(|l| {
-        let l = l.trim().trim_start_matches('|');
-        l.strip_prefix("Depends: ").map(str::to_owned)
-    });
-    Ok(names.collect())
-}
-
-/// Fetches packages without installing them and gives the paths of the files, which are kept.
-///
-/// # Errors
-/// apt does not know one of them, or the mirror does not answer.
+/// See [`Archive::fetch`].
 pub fn fetch(work: &WorkFolder, packages: &[&str]) -> Result<Vec<PathBuf>> {
-    // One folder per set: it appears when all of it is there.
-    let name = format!("packages-{}", crate::folder::key(packages));
-    let folder = work.once(&name, |dir| {
-        let mut download = Command::new("apt-get");
-        download
-            .args(["-q", "download"])
-            .args(packages)
-            .current_dir(dir);
-        command::output(&mut download).map(drop).with_context(|| {
-            format!(
-                "cannot fetch {} (apt-get update may help)",
-                packages.join(" ")
-            )
-        })
-    })?;
-    let mut files = Vec::new();
-    for entry in fs::read_dir(&folder)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|e| e == "deb") {
-            files.push(path);
-        }
-    }
-    files.sort();
-    ensure!(
-        files.len() == packages.len(),
-        "{} is not complete: remove it",
-        folder.display()
-    );
-    Ok(files)
+    Archive::machine().fetch(work, packages)
 }
 
 /// Unpacks package files into a folder, without running anything of theirs.
