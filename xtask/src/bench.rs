@@ -19,7 +19,7 @@ use crate::{module, run, setup};
 const HELP: &str = "usage: cargo xtask bench [OPTIONS] [FILTER]
 Measures haxm.ko and KVM in one boot of the emulated PC, then a Linux guest under QEMU -accel hax.
 Prints a table and writes target/bench/KERNEL.json.
-  --kernel 6.1|6.12   Debian's kernel (6.1)
+  --kernel 6.1|6.12|7   Debian's kernel (6.1)
   --no-linux          leave the Linux guest out
   --docs              write the table into docs/performance.md
 With FILTER, words that commas separate, only the groups of rows whose name contains one; no Linux guest.";

@@ -11,7 +11,7 @@ use testbed::{Flavour, Outcome, Pc};
 
 use crate::setup;
 
-const HELP: &str = "usage: cargo xtask run [--smp N] [--machine pc|microvm] [--kernel 6.1|6.12] [--verbose]
+const HELP: &str = "usage: cargo xtask run [--smp N] [--machine pc|microvm] [--kernel 6.1|6.12|7] [--verbose]
 Boots the emulated PC, loads haxm.ko, probes /dev/HAX, and boots a Linux guest under QEMU -accel hax.
 The guest's console comes as it boots; the exit code is 0 only if the guest passed.
   --smp N      virtual processors of the guest, 1 to 4 (default 1)

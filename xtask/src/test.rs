@@ -109,6 +109,18 @@ fn emulated<'a>(parts: &'a setup::Parts, newer: &'a setup::Parts, stages: &mut V
         "conformance, 1 CPU, kernel 6.12".into(),
         Box::new(move || conform(newer, 1, Flavour::Cloud6_12)),
     ));
+    // The kernel of another release of Debian: fetched by the stage that wants it.
+    stages.push((
+        "conformance, 2 CPU(s), kernel 7".into(),
+        Box::new(|| {
+            let parts = setup::everything(Flavour::Cloud7)?;
+            conform(&parts, 2, Flavour::Cloud7)
+        }),
+    ));
+    stages.push((
+        "conformance beside KVM, kernel 7".into(),
+        Box::new(|| beside_kvm(&setup::everything(Flavour::Cloud7)?)),
+    ));
     stages.push(("a page of 1 GB".into(), Box::new(move || huge_page(parts))));
     for refusal in REFUSALS {
         stages.push((
@@ -139,6 +151,16 @@ fn conform(parts: &setup::Parts, cpus: u32, flavour: Flavour) -> Result<()> {
     let outcome = conformance::pc(&parts.module, &parts.conformance, &script)
         .cpus(cpus)
         .kernel(flavour)
+        .run(&mut std::io::stdout())?;
+    verdict(&outcome, outcome.success())
+}
+
+/// KVM of this kernel is in VMX operation from the moment it is loaded.
+fn beside_kvm(parts: &setup::Parts) -> Result<()> {
+    let script = conformance::script("", false);
+    let outcome = conformance::pc(&parts.module, &parts.conformance, &script)
+        .module("kvm-intel", "")
+        .kernel(Flavour::Cloud7)
         .run(&mut std::io::stdout())?;
     verdict(&outcome, outcome.success())
 }
