@@ -1,28 +1,34 @@
 //! `cargo xtask bench`: our driver and Debian's KVM, measured one after the other in the same boot of the emulated
 //! PC with the same client and guest code. One tick is one emulated instruction.
 
+mod chart;
+mod document;
+mod guests;
+mod read;
+mod rows;
 mod table;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use testbed::client::{Boot, Machine};
+use testbed::bochs::Bochs;
+use testbed::client::Client;
 use testbed::folder::workspace_root;
 use testbed::{Flavour, Kernel, Outcome, Pc, WorkFolder, command, packages};
 
-use crate::{module, run, setup};
+use crate::module;
+use read::{Figures, Measured};
 
 const HELP: &str = "usage: cargo xtask bench [OPTIONS] [FILTER]
-Measures haxm.ko and KVM in one boot of the emulated PC, then a Linux guest under QEMU -accel hax.
+Measures haxm.ko and KVM in one boot of the emulated PC, then guests under QEMU with both.
 Prints a table and writes target/bench/KERNEL.json.
   --kernel 6.1|6.12|7   Debian's kernel (6.1)
-  --no-linux          leave the Linux guest out
-  --docs              write the table into docs/performance.md
-With FILTER, words that commas separate, only the groups of rows whose name contains one; no Linux guest.";
+  --no-guests           leave the guests under QEMU out
+  --docs                write the table and the chart into docs/performance.md
+With FILTER, words that commas separate, only the groups of rows whose name contains one; no guests.";
 
 /// The client runs on the emulated PC whatever the host is.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -30,40 +36,10 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// What KVM is made of, in the order it is inserted.
 pub(crate) const KVM: &[&str] = &["irqbypass", "kvm", "kvm-intel"];
 
-/// One row of one side.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Figures {
-    pub(crate) median: u64,
-    pub(crate) mean: u64,
-    pub(crate) least: u64,
-    pub(crate) count: u64,
-}
-
-impl Figures {
-    const fn one(value: u64) -> Self {
-        Self {
-            median: value,
-            mean: value,
-            least: value,
-            count: 1,
-        }
-    }
-}
-
-/// The rows of one side by name.
-pub(crate) type Side = BTreeMap<String, Figures>;
-
-/// All that was measured.
-pub(crate) struct Measured {
-    pub(crate) kernel: String,
-    pub(crate) haxm: Side,
-    pub(crate) kvm: Side,
-}
-
 struct Options {
     series: String,
     filter: String,
-    linux: bool,
+    guests: bool,
     docs: bool,
 }
 
@@ -71,7 +47,7 @@ fn options(args: &[String]) -> Result<Option<Options>> {
     let mut options = Options {
         series: Flavour::default().series().to_owned(),
         filter: String::new(),
-        linux: true,
+        guests: true,
         docs: false,
     };
     let mut args = args.iter();
@@ -82,7 +58,7 @@ fn options(args: &[String]) -> Result<Option<Options>> {
                 .next()
                 .context("--kernel wants a value")?
                 .clone_into(&mut options.series),
-            "--no-linux" => options.linux = false,
+            "--no-guests" => options.guests = false,
             "--docs" => options.docs = true,
             word if options.filter.is_empty() && !word.is_empty() && is_filter(word) => {
                 word.clone_into(&mut options.filter);
@@ -111,17 +87,21 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     };
     let flavour = Flavour::from_series(&options.series)?;
     let parts = Parts::ensure(flavour)?;
+    let mut measured = Measured::new(&options.series);
+    measured.commit = commit();
+    measured.compiler = module::sysroot::Compiler::find()?.name();
     let outcome = parts.boot(flavour, &options.filter)?;
-    let mut measured = read(&options.series, &outcome)?;
     let failed = outcome.serial.contains("@@FAILED") || !outcome.success();
     if failed {
         println!("bench: {outcome}");
     }
+    measured.read(&outcome)?;
     parts.sizes(&mut measured)?;
-    if options.linux && options.filter.is_empty() {
-        measured
-            .haxm
-            .insert("linux".to_owned(), Figures::one(linux_guest(flavour)?));
+    if options.guests && options.filter.is_empty() {
+        let client = client()?;
+        println!("bench: guests under QEMU ...");
+        measured.read(&guests::linux(&parts, &client, flavour)?)?;
+        measured.read(&guests::interrupts(&parts, &client, flavour)?)?;
     }
     let table = table::markdown(&measured);
     println!("\n{table}");
@@ -141,7 +121,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     }
     if options.docs {
-        table::write_document(&workspace_root().join("docs/performance.md"), &table)?;
+        document::write(&workspace_root().join("docs"), &measured)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -166,18 +146,24 @@ impl Parts {
 
     /// Both sides in one boot; neither module is there while the other is measured.
     fn boot(&self, flavour: Flavour, filter: &str) -> Result<Outcome> {
-        let script = script(filter);
+        let side = |name: &str| format!("/bench {name} {filter} || code=1\n");
+        self.pc(flavour)
+            .file("/bench", &self.client)
+            .script(&side_script(&side("kvm"), &side("haxm")))
+            .timeout(Duration::from_secs(300))
+            .run(&mut std::io::stdout())
+    }
+
+    /// The emulated PC with the files of [`side_script`].
+    fn pc(&self, flavour: Flavour) -> Pc {
         let mut pc = Pc::new()
             .kernel(flavour)
             .memory_mb(512)
-            .file("/haxm.ko", &self.haxm)
-            .file("/bench", &self.client)
-            .script(&script)
-            .timeout(Duration::from_secs(300));
+            .file("/haxm.ko", &self.haxm);
         for (name, path) in &self.kvm {
             pc = pc.file(&format!("/kvm/{name}.ko"), path);
         }
-        pc.run(&mut std::io::stdout())
+        pc
     }
 
     /// Bytes of code and constants, as binutils' `size` counts them.
@@ -193,96 +179,68 @@ impl Parts {
     }
 }
 
-/// KVM, then ours. 2 MB pages are for who asks for them: with little memory Linux switches them off.
-fn script(filter: &str) -> String {
-    let insert: Vec<String> = KVM
-        .iter()
-        .map(|name| format!("insmod /kvm/{name}.ko || exit 10"))
-        .collect();
-    let remove: Vec<String> = KVM
-        .iter()
-        .rev()
-        .map(|name| format!("rmmod {name} || exit 11"))
-        .collect();
-    let side = |name: &str, insert: &str, remove: &str| {
+/// What measures KVM, with its modules inserted, and then what measures ours, with KVM removed. Each may set `code`.
+/// 2 MB pages are for who asks for them: with little memory Linux switches them off.
+fn side_script(kvm: &str, haxm: &str) -> String {
+    let each = |modules: &mut dyn Iterator<Item = &&str>, command: &str, code: u32| {
+        let lines: Vec<String> = modules
+            .map(|name| format!("{} || exit {code}\n", command.replace('*', name)))
+            .collect();
+        lines.concat()
+    };
+    let side = |name: &str, modules: &[&str], insert: &str, body: &str, code: u32| {
         format!(
-            "echo @@SIDE {name}\ntick load\n{insert}\ntick loaded\n\
-             /bench {name} {filter} || code=1\n\
-             tick unload\n{remove}\ntick unloaded\n"
+            "echo @@SIDE {name}\ntick module_load\n{}tick module_load_end\n{body}\
+             tick module_unload\n{}tick module_unload_end\n",
+            each(&mut modules.iter(), insert, code),
+            each(&mut modules.iter().rev(), "rmmod *", code + 1),
         )
     };
     format!(
-        "code=0\necho madvise >/sys/kernel/mm/transparent_hugepage/enabled || exit 9\n{}{}exit $code\n",
-        side("kvm", &insert.join("\n"), &remove.join("\n")),
-        side(
-            "haxm",
-            "insmod /haxm.ko || exit 12",
-            "rmmod haxm || exit 13"
-        ),
+        "code=0\necho @@KERNEL $(uname -r)\n\
+         echo madvise >/sys/kernel/mm/transparent_hugepage/enabled || exit 9\n{}{}exit $code\n",
+        side("kvm", KVM, "insmod /kvm/*.ko", kvm, 10),
+        side("haxm", &["haxm"], "insmod /*.ko", haxm, 12),
     )
 }
 
-/// Takes the rows out of what the client and the script printed.
-fn read(kernel: &str, outcome: &Outcome) -> Result<Measured> {
-    let mut sides: BTreeMap<String, Side> = BTreeMap::new();
-    let mut current = String::new();
-    let mut ticks: BTreeMap<String, u64> = BTreeMap::new();
-    for line in outcome.serial.lines() {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let side = sides.entry(current.clone()).or_default();
-        match words.as_slice() {
-            ["@@SIDE", name] => (*name).clone_into(&mut current),
-            ["@@ROW", name, median, mean, least, count] => {
-                let figures = Figures {
-                    median: median.parse()?,
-                    mean: mean.parse()?,
-                    least: least.parse()?,
-                    count: count.parse()?,
-                };
-                side.insert((*name).to_owned(), figures);
-            }
-            ["@@TICK", label, count] => {
-                let now: u64 = count.parse()?;
-                let row = match *label {
-                    "loaded" => ticks.get("load").map(|start| ("module_load", start)),
-                    "unloaded" => ticks.get("unload").map(|start| ("module_unload", start)),
-                    _ => None,
-                };
-                if let Some((row, start)) = row {
-                    side.insert(row.to_owned(), Figures::one(now.saturating_sub(*start)));
-                }
-                ticks.insert((*label).to_owned(), now);
-            }
-            _ => {}
-        }
-    }
-    let mut take = |name: &str| {
-        let side = sides.remove(name);
-        side.with_context(|| format!("nothing was measured of {name}: {outcome}"))
+/// The commit that is measured, as git names it.
+fn commit() -> String {
+    let git = |arguments: &[&str]| {
+        let mut git = Command::new("git");
+        git.current_dir(workspace_root()).args(arguments);
+        command::output(&mut git)
     };
-    Ok(Measured {
-        kernel: kernel.to_owned(),
-        haxm: take("haxm")?,
-        kvm: take("kvm")?,
-    })
+    // A source tree without its history can be measured too.
+    let Ok(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else {
+        return "unknown".to_owned();
+    };
+    // The document and the ceilings are what this command itself writes.
+    let changed = git(&[
+        "status",
+        "--porcelain",
+        "--untracked-files=no",
+        "--",
+        ":!docs",
+        ":!tests/bench/ceilings.json",
+    ]);
+    let changed = changed.map_or(true, |files| !files.trim().is_empty());
+    let mark = if changed { " with changes" } else { "" };
+    format!("{}{mark}", commit.trim())
 }
 
-/// QEMU start to exit, of `cargo xtask run`'s guest.
-fn linux_guest(flavour: Flavour) -> Result<u64> {
-    let parts = setup::everything(flavour)?;
-    let boot = Boot::new(Machine::Microvm);
-    let outcome = run::boot(&parts, &boot, flavour, &mut std::io::sink())?;
-    ensure!(run::passed(&outcome), "the Linux guest failed: {outcome}");
-    let tick = |label: &str| {
-        let mark = format!("@@TICK {label} ");
-        let mut lines = outcome.serial.lines();
-        let count = lines.find_map(|l| l.trim().strip_prefix(&mark).map(str::to_owned));
-        count.and_then(|n| n.trim().parse::<u64>().ok())
-    };
-    let (start, end) = tick("start")
-        .zip(tick("end"))
-        .context("the run has no tick lines")?;
-    Ok(end.saturating_sub(start))
+/// QEMU and its guests.
+fn client() -> Result<Client> {
+    let work = WorkFolder::open()?;
+    // Both are long at the compiler: side by side.
+    std::thread::scope(|scope| {
+        let bochs = scope.spawn(|| Bochs::ensure(&work));
+        let client = Client::ensure(&work);
+        bochs
+            .join()
+            .map_err(|_| anyhow::anyhow!("the build of Bochs stopped"))??;
+        client
+    })
 }
 
 /// Without local symbols a module is inserted far quicker (see the test machine's README); Debian's are treated so.
@@ -328,36 +286,23 @@ pub(crate) fn build_client() -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use testbed::outcome::Cause;
-
-    fn outcome(serial: &str) -> Outcome {
-        Outcome {
-            code: 0,
-            cause: Cause::PowerOff,
-            ticks: 0,
-            boot_ticks: 0,
-            steps_ticks: 0,
-            serial: serial.to_owned(),
-            wall: Duration::ZERO,
-            folder: None,
-        }
-    }
 
     #[test]
-    fn rows_go_to_the_side_that_printed_them() -> Result<()> {
-        let serial = "@@SIDE kvm\n@@TICK load 5\n@@TICK loaded 25\n@@ROW out 3 4 2 9\n\
-                      @@SIDE haxm\n@@TICK load 100\n@@TICK loaded 107\n@@ROW out 1 2 1 9\n";
-        let measured = read("6.1", &outcome(serial))?;
-        assert_eq!(measured.kvm["out"].median, 3);
-        assert_eq!(measured.kvm["module_load"], Figures::one(20));
-        assert_eq!(measured.haxm["out"].mean, 2);
-        assert_eq!(measured.haxm["module_load"], Figures::one(7));
-        Ok(())
-    }
-
-    #[test]
-    fn a_side_that_is_missing_is_an_error() {
-        assert!(read("6.1", &outcome("@@SIDE kvm\n@@ROW out 3 4 2 9\n")).is_err());
+    fn neither_module_is_there_while_the_other_is_measured() {
+        let script = side_script("A\n", "B\n");
+        let at = |what: &str| script.find(what).unwrap();
+        let order = [
+            "@@SIDE kvm",
+            "insmod /kvm/kvm.ko",
+            "A",
+            "rmmod kvm-intel",
+            "rmmod kvm ",
+            "@@SIDE haxm",
+            "insmod /haxm.ko",
+            "B",
+            "rmmod haxm",
+        ];
+        assert!(order.windows(2).all(|w| at(w[0]) < at(w[1])), "{script}");
     }
 
     #[test]

@@ -35,7 +35,7 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "bench",
-        about: "[--kernel K] [--no-linux] [--docs] [FILTER]  measure the driver beside KVM",
+        about: "[--kernel K] [--no-guests] [--docs] [FILTER]  measure the driver beside KVM",
         run: bench::run,
     },
     Command {

@@ -104,7 +104,7 @@ macro_rules! measured {
 /// A VM with its memory and a vCPU at the first instruction. Dropped in this order.
 pub struct Guest<A: Api> {
     pub vcpu: <A::Vm as Vm>::Vcpu,
-    _vm: A::Vm,
+    pub vm: A::Vm,
     pub ram: Ram,
 }
 
@@ -128,32 +128,49 @@ impl<A: Api> Guest<A> {
         vm.map(0, 0, ram.size(), ram.address())?;
         let vcpu = vm.create_vcpu(0)?;
         vcpu.start()?;
-        Ok(Self { vcpu, _vm: vm, ram })
+        Ok(Self { vcpu, vm, ram })
     }
 
     /// Enters until the guest has something to say.
     #[inline]
     pub fn run(&self) -> Result<Exit> {
-        loop {
-            let result = enter(&self.vcpu);
-            anyhow::ensure!(result >= 0, "RUN: {}", std::io::Error::last_os_error());
-            match self.vcpu.exit() {
-                Exit::Again => {}
-                exit => return Ok(exit),
-            }
-        }
+        run(&self.vcpu)
     }
 
     /// Runs, and wants this exit.
     #[inline]
     pub fn expect(&self, wanted: Exit) -> Result<()> {
-        let exit = self.run()?;
-        anyhow::ensure!(exit == wanted, "{exit:?} instead of {wanted:?}");
-        Ok(())
+        expect(&self.vcpu, wanted)
     }
 
     /// What a [`measured!`] guest wrote.
     pub fn results(&self) -> impl Iterator<Item = u64> + '_ {
-        (0..1024).map(|index| u64::from(self.ram.u32(RESULTS + 4 * index)))
+        self.first_results(1024)
     }
+
+    /// The first `count` of them.
+    pub fn first_results(&self, count: u64) -> impl Iterator<Item = u64> + '_ {
+        (0..count).map(|index| u64::from(self.ram.u32(RESULTS + 4 * index)))
+    }
+}
+
+/// Enters until the guest has something to say.
+#[inline]
+pub fn run<V: Vcpu>(vcpu: &V) -> Result<Exit> {
+    loop {
+        let result = enter(vcpu);
+        anyhow::ensure!(result >= 0, "RUN: {}", std::io::Error::last_os_error());
+        match vcpu.exit() {
+            Exit::Again => {}
+            exit => return Ok(exit),
+        }
+    }
+}
+
+/// Runs, and wants this exit.
+#[inline]
+pub fn expect<V: Vcpu>(vcpu: &V, wanted: Exit) -> Result<()> {
+    let exit = run(vcpu)?;
+    anyhow::ensure!(exit == wanted, "{exit:?} instead of {wanted:?}");
+    Ok(())
 }

@@ -4,6 +4,7 @@
 //! same; only [`haxm`] and [`kvm`] differ. Each row is a line `@@ROW NAME MEDIAN MEAN LEAST COUNT`.
 
 mod api;
+mod growth;
 mod guest;
 mod haxm;
 mod kvm;

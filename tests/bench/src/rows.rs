@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 
 use crate::api::{Api, Exit, Vcpu, Vm, request};
+use crate::growth;
 use crate::guest::{
     self, Guest, OTHER_PORT, PORT, RAM_SIZE, STRING, TOUCHED, TOUCHED_SIZE, VECTOR,
 };
@@ -20,7 +21,7 @@ type Row<A> = (&'static str, fn(&A) -> Result<()>);
 /// Measures all rows whose group's name contains one of the filter's words, which commas separate; returns how many
 /// could not be.
 pub fn all<A: Api>(filter: &str) -> u32 {
-    let rows: [Row<A>; 17] = [
+    let rows: [Row<A>; 22] = [
         ("null", null),
         ("out", out),
         ("in", input),
@@ -38,6 +39,11 @@ pub fn all<A: Api>(filter: &str) -> u32 {
         ("create_vm", create_vm),
         ("create_vcpu", create_vcpu),
         ("slots", slots),
+        ("fault_2m", fault_2m),
+        ("growth_vcpus", growth::vcpus),
+        ("growth_vms", growth::vms),
+        ("growth_slots", growth::slots),
+        ("growth_memory", growth::memory),
     ];
     let mut failed = 0;
     let wanted = |name: &str| filter.split(',').any(|word| name.contains(word));
@@ -50,12 +56,13 @@ pub fn all<A: Api>(filter: &str) -> u32 {
     failed
 }
 
-fn guest<A: Api>(api: &A, code: &[u8]) -> Result<Guest<A>> {
+/// A guest with memory in 4 KB pages.
+pub fn guest<A: Api>(api: &A, code: &[u8]) -> Result<Guest<A>> {
     Guest::new(api, code, Ram::new(RAM_SIZE)?)
 }
 
 /// Samples of one body.
-fn sample(name: &str, mut body: impl FnMut() -> Result<()>) -> Result<()> {
+pub fn sample(name: &str, mut body: impl FnMut() -> Result<()>) -> Result<()> {
     for _ in 0..ROUNDS {
         body()?;
     }
@@ -302,6 +309,35 @@ fn touch_host_2m<A: Api>(api: &A) -> Result<()> {
     ram.large(TOUCHED, TOUCHED_SIZE)?;
     ram.touch(TOUCHED, TOUCHED_SIZE);
     touch(api, "touch_host_2m", ram)
+}
+
+/// The fault that maps 2 MB: one touch in each of 32 pages of that size.
+fn fault_2m<A: Api>(api: &A) -> Result<()> {
+    const PAGES: u64 = 32;
+    let size = PAGES << 21;
+    let ram = Ram::new(TOUCHED + size)?;
+    ram.large(TOUCHED, size)?;
+    ram.touch(TOUCHED, size);
+    let code = code!(
+        "mov edi, 0x100000",
+        "mov ebp, 32",
+        "mov ebx, 0x400000",
+        "2: rdtsc",
+        "mov esi, eax",
+        "mov byte ptr [ebx], 1",
+        "add ebx, 0x200000",
+        "rdtsc",
+        "sub eax, esi",
+        "stosd",
+        "dec ebp",
+        "jnz 2b",
+        "hlt",
+    );
+    let guest = Guest::new(api, code, ram)?;
+    guest.expect(Exit::Halt)?;
+    let samples: Samples = guest.first_results(PAGES).collect();
+    samples.print("fault_2m");
+    Ok(())
 }
 
 /// A VM beside another one, and its end.

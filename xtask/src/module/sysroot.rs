@@ -90,6 +90,11 @@ impl Compiler {
         })
     }
 
+    /// Its name and version: the first line of `rustc -vV`.
+    pub(crate) fn name(&self) -> String {
+        self.version.lines().next().unwrap_or_default().to_owned()
+    }
+
     /// The folder to give as `--sysroot`; made at first use of this compiler with these flags.
     ///
     /// # Errors

@@ -5,6 +5,11 @@ use std::fmt;
 /// Where the client's files lie in the emulated PC.
 pub const FOLDER: &str = "/client";
 
+/// The initramfs that [`super::Client::add_to`] puts there: the guest that checks what it does.
+pub const INITRAMFS: &str = "initramfs";
+/// Another, which [`super::Client::add_measuring_to`] puts there: the guest that measures.
+pub const MEASURING: &str = "measuring";
+
 /// The virtual machine's board.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Machine {
@@ -24,6 +29,15 @@ impl Machine {
         match self {
             Self::Pc => "pc",
             Self::Microvm => "microvm",
+        }
+    }
+
+    /// The board with its options. QEMU gives a microvm no clock chip where it has KVM, and Linux looks for it for
+    /// seconds; with `hax` it gives one by itself.
+    fn board(self) -> &'static str {
+        match self {
+            Self::Pc => "pc",
+            Self::Microvm => "microvm,rtc=on",
         }
     }
 
@@ -69,8 +83,10 @@ pub struct Boot {
     pub tsc_khz: Option<u32>,
     /// Lets the kernel print its messages, from its first on; each character is two or three exits.
     pub verbose: bool,
-    /// QEMU's accelerator: `hax`, or `tcg` to try the guest without the driver.
+    /// QEMU's accelerator: `hax`, or `kvm` to compare with.
     pub accelerator: &'static str,
+    /// The name of the guest's initramfs in [`FOLDER`].
+    pub initramfs: &'static str,
 }
 
 impl Boot {
@@ -85,6 +101,7 @@ impl Boot {
             tsc_khz: Some(crate::pc::INSTRUCTIONS_PER_SECOND / 1000),
             verbose: false,
             accelerator: "hax",
+            initramfs: INITRAMFS,
         }
     }
 
@@ -127,7 +144,7 @@ impl Boot {
         let mut words: Vec<String> = Vec::new();
         let mut put = |name: &str, value: String| words.extend([name.to_owned(), value]);
         put("-accel", self.accelerator.to_owned());
-        put("-M", self.machine.name().to_owned());
+        put("-M", self.machine.board().to_owned());
         put("-m", self.memory_mb.to_string());
         // One package each: SeaBIOS lists in the MP table the first processor of a package only.
         put(
@@ -140,7 +157,7 @@ impl Boot {
         put("-bios", format!("{firmware}/{}", self.machine.firmware()));
         put("-L", firmware);
         put("-kernel", file(image));
-        put("-initrd", file("initramfs"));
+        put("-initrd", file(self.initramfs));
         put("-append", self.append());
         words.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned));
         words.insert(0, file("qemu"));
@@ -227,7 +244,7 @@ mod tests {
         assert!(line.ends_with(" -no-reboot </dev/null"), "{line}");
         let line = Boot::new(Machine::Microvm).shell_line();
         assert!(
-            line.contains(" -M microvm ") && line.contains("/qboot.rom "),
+            line.contains(" -M microvm,rtc=on ") && line.contains("/qboot.rom "),
             "{line}"
         );
     }

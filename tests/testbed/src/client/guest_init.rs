@@ -1,4 +1,4 @@
-//! The guest's initramfs: one static program, `guest/linux/init.c`.
+//! The guest's initramfs: one static program, `guest/linux/init.c`; or `measure.c`, which does nothing but measure.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use crate::packages;
 pub const NEEDED: &[&str] = &["gcc", "libc6-dev"];
 
 const INIT: &str = include_str!("../../guest/linux/init.c");
+const MEASURE: &str = include_str!("../../guest/linux/measure.c");
 
 /// No fused or reordered arithmetic: the program compares results to the bit.
 const FLAGS: &[&str] = &[
@@ -34,12 +35,24 @@ const FLAGS: &[&str] = &[
 /// # Errors
 /// There is no compiler and it cannot be installed, or it fails.
 pub fn ensure(work: &WorkFolder) -> Result<PathBuf> {
+    initramfs(work, "guest-init", INIT)
+}
+
+/// The same of the guest that measures.
+///
+/// # Errors
+/// As [`ensure`].
+pub fn ensure_measuring(work: &WorkFolder) -> Result<PathBuf> {
+    initramfs(work, "guest-measure", MEASURE)
+}
+
+fn initramfs(work: &WorkFolder, name: &str, source: &str) -> Result<PathBuf> {
     let mut recipe = FLAGS.to_vec();
-    recipe.extend([INIT, "1"]);
-    let folder = work.once(&format!("guest-init-{}", key(&recipe)), |dir| {
+    recipe.extend([source, "1"]);
+    let folder = work.once(&format!("{name}-{}", key(&recipe)), |dir| {
         packages::ensure_packages(NEEDED)?;
         progress("building the guest's /init");
-        compile(dir).context("the guest's /init could not be built")?;
+        compile(dir, source).context("the guest's /init could not be built")?;
         let mut files = Initramfs::new();
         // The kernel gives /init a console from this node.
         files
@@ -51,9 +64,9 @@ pub fn ensure(work: &WorkFolder) -> Result<PathBuf> {
     Ok(folder.join("initramfs"))
 }
 
-fn compile(dir: &Path) -> Result<()> {
+fn compile(dir: &Path, text: &str) -> Result<()> {
     let source = dir.join("init.c");
-    fs::write(&source, INIT)?;
+    fs::write(&source, text)?;
     let mut gcc = Command::new("gcc");
     gcc.args(FLAGS)
         .arg("-o")
@@ -75,9 +88,11 @@ mod tests {
         }
         let dir = std::env::temp_dir().join(format!("haxm-guest-init-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
-        compile(&dir).unwrap();
-        let out = Command::new(dir.join("init")).output().unwrap();
-        assert_eq!((out.status.code(), out.stdout.len()), (Some(2), 0));
+        for source in [INIT, MEASURE] {
+            compile(&dir, source).unwrap();
+            let out = Command::new(dir.join("init")).output().unwrap();
+            assert_eq!((out.status.code(), out.stdout.len()), (Some(2), 0));
+        }
         fs::remove_dir_all(&dir).unwrap();
     }
 }

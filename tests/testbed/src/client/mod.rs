@@ -21,7 +21,7 @@ pub mod guest_kernel;
 pub mod qemu;
 mod source;
 
-pub use boot::{Boot, FOLDER, Image, Machine, Verdict, verdict};
+pub use boot::{Boot, FOLDER, INITRAMFS, Image, MEASURING, Machine, Verdict, verdict};
 pub use guest_kernel::GuestKernel;
 pub use qemu::Qemu;
 
@@ -78,6 +78,16 @@ impl Client {
             files.host_file(&format!("{FOLDER}/firmware/{name}"), host);
         }
         files.host_file(&format!("{FOLDER}/bzImage"), &self.kernel.bzimage);
-        files.host_file(&format!("{FOLDER}/initramfs"), &self.initramfs);
+        files.host_file(&format!("{FOLDER}/{INITRAMFS}"), &self.initramfs);
+    }
+
+    /// Puts the guest that measures there too.
+    ///
+    /// # Errors
+    /// Its /init does not build.
+    pub fn add_measuring_to(work: &WorkFolder, files: &mut Initramfs) -> Result<()> {
+        let host = guest_init::ensure_measuring(work)?;
+        files.host_file(&format!("{FOLDER}/{MEASURING}"), host);
+        Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! QEMU 7.2 with its `hax` accelerator, built from Debian's source package: static, stripped, only
+//! QEMU 7.2 with its accelerators `hax` and, to compare with, `kvm`, built from Debian's source package: static, stripped, only
 //! the machines `pc` and `microvm`; and the firmware they start from.
 //!
 //! Debian's own binary has no `hax`. QEMU's build system enables it on Linux when asked to, without
@@ -59,6 +59,7 @@ const CONFIGURE: &[&str] = &[
     "--with-devices-x86_64=guest",
     "--enable-system",
     "--enable-hax",
+    "--enable-kvm",
     "--disable-tcg",
     "--enable-fdt=system",
     "--enable-trace-backends=nop",
@@ -79,7 +80,7 @@ const TARGET: &str = "qemu-system-x86_64";
 /// A QEMU ready to run. It runs anywhere: it is one static file and its firmware.
 #[derive(Clone, Debug)]
 pub struct Qemu {
-    /// The program; it knows the accelerator `hax` and no other.
+    /// The program; it knows the accelerators `hax` and `kvm`.
     pub binary: PathBuf,
     /// The folder that holds [`FIRMWARE`].
     pub firmware_dir: PathBuf,
@@ -92,7 +93,7 @@ pub struct Qemu {
 /// text names the log.
 pub fn ensure(work: &WorkFolder) -> Result<Qemu> {
     let mut recipe = CONFIGURE.to_vec();
-    recipe.extend([SIPI, DEVICES, "2"]);
+    recipe.extend([SIPI, DEVICES, "3"]);
     let folder = work.once(&format!("qemu-{}", key(&recipe)), |dir| {
         packages::ensure_packages(NEEDED)?;
         build(work, dir).context("QEMU could not be built")
@@ -214,7 +215,10 @@ fn precompile_header(objects: &Path) -> Result<()> {
 
 /// The program starts, and has the accelerator and both machines.
 fn check(binary: &Path) -> Result<()> {
-    for (question, answers) in [("-accel", &["hax"][..]), ("-M", &["pc", "microvm"][..])] {
+    for (question, answers) in [
+        ("-accel", &["hax", "kvm"][..]),
+        ("-M", &["pc", "microvm"][..]),
+    ] {
         let text = command::output(Command::new(binary).args([question, "help"]))?;
         for answer in answers {
             let listed = text
