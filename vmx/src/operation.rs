@@ -6,6 +6,13 @@
 //! current VMCS is put back before interrupts are possible again, and ours is
 //! clear by then, so neither can tell that the other was there.
 //!
+//! Translations need no flush for that. Those of a guest with EPT are tagged
+//! with the address of its EPT's root (SDM 29.4.2 "Creating and Using Cached
+//! Translation Information"), a page that is ours alone while the VM lives; and whoever gets
+//! a page for a root must execute INVEPT on each processor before the first
+//! entry there, whatever was in that page before. We do
+//! (`memory::presence`); KVM does for the same reason.
+//!
 //! Some hosts cannot keep CR4.VMXE set for us ([`Host::keeps_vmxe`]). There
 //! VMXON and VMXOFF happen in each loan, with interrupts off between them.
 // UNSAFETY: executes VMXON, VMXOFF, VMCLEAR and VMPTRLD by the rules kept here.
@@ -44,6 +51,9 @@ struct Active {
     vmcs: AtomicU64,
     /// The processor that may hold parts of it in its caches, or [`NOWHERE`].
     cpu: AtomicUsize,
+    /// The processor it was last loaded on, whose host state it holds, or
+    /// [`NOWHERE`]. It stays when the VMCS is cleared there.
+    last: AtomicUsize,
 }
 
 /// VMX operation of this machine.
@@ -88,6 +98,7 @@ impl<H: Host> Operation<H> {
             active.try_push(Active {
                 vmcs: AtomicU64::new(0),
                 cpu: AtomicUsize::new(NOWHERE),
+                last: AtomicUsize::new(NOWHERE),
             })?;
         }
         Ok(Self {
@@ -152,6 +163,14 @@ impl<H: Host> Operation<H> {
     pub fn cpu_offline(&self) {
         let _off = InterruptsOff::new(&self.host);
         self.leave_here();
+        let number = self.host.current_cpu();
+        for active in &self.active {
+            // What comes back under this number may have other tables.
+            let _ =
+                active
+                    .last
+                    .compare_exchange(number, NOWHERE, Ordering::SeqCst, Ordering::SeqCst);
+        }
     }
 
     /// VMXON here, unless this processor is in VMX operation already.
@@ -185,8 +204,11 @@ impl<H: Host> Operation<H> {
         }
         here.ours.store(true, Ordering::SeqCst);
         here.current.store(0, Ordering::SeqCst);
-        // A VPID or EPTP may be one that another hypervisor used before.
-        self.drop_translations();
+        if self.host.keeps_vmxe() {
+            // Translations of an earlier use of VMX operation: SDM 29.4.3.4
+            // "Guidelines for Use of the INVEPT Instruction".
+            self.drop_translations();
+        }
         Ok(())
     }
 
@@ -249,6 +271,7 @@ impl<H: Host> Operation<H> {
     pub fn release(&self, place: Place) {
         self.evict(place);
         if let Some(active) = self.active.get(place.0) {
+            active.last.store(NOWHERE, Ordering::SeqCst);
             active.vmcs.store(0, Ordering::SeqCst);
         }
     }
@@ -271,8 +294,6 @@ impl<H: Host> Operation<H> {
     }
 
     /// Makes a VMCS current on this processor until the loan is dropped.
-    /// `fresh` is set if it has to be launched and its per-processor host
-    /// state written: it was not active here before.
     ///
     /// # Errors
     /// [`NotLoaded`]: the processor refused VMXON or VMPTRLD.
@@ -306,9 +327,11 @@ impl<H: Host> Operation<H> {
             active.cpu.store(number, Ordering::SeqCst);
             self.forget_branches();
         }
+        let moved = fresh && active.last.swap(number, Ordering::Relaxed) != number;
         Ok(Loan {
             operation: self,
             fresh,
+            moved,
             borrowed: None,
             _off: off,
         })
@@ -339,9 +362,11 @@ impl<H: Host> Operation<H> {
         let theirs = if ours { None } else { unsafe { cpu.vmptrst() } };
         let vmcs = active.vmcs.load(Ordering::SeqCst);
         // From here on its drop puts things back, whatever fails.
-        let loan = Loan {
+        let number = self.host.current_cpu();
+        let mut loan = Loan {
             operation: self,
             fresh: true,
+            moved: false,
             borrowed: (!lasts).then_some(Borrowed {
                 ours: Hpa(vmcs),
                 theirs,
@@ -354,13 +379,11 @@ impl<H: Host> Operation<H> {
         unsafe { cpu.vmclear(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
         // SAFETY: as above.
         unsafe { cpu.vmptrld(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
+        loan.moved = active.last.swap(number, Ordering::Relaxed) != number;
         self.forget_branches();
         if lasts {
             here.current.store(vmcs, Ordering::SeqCst);
-            active.cpu.store(self.host.current_cpu(), Ordering::SeqCst);
-        } else if !ours {
-            // Translations under our EPTP and VPID may be the other hypervisor's.
-            self.drop_translations();
+            active.cpu.store(number, Ordering::SeqCst);
         }
         Ok(loan)
     }
@@ -379,16 +402,23 @@ struct Borrowed<'a, H: Host> {
 pub struct Loan<'a, H: Host> {
     operation: &'a Operation<H>,
     fresh: bool,
+    moved: bool,
     borrowed: Option<Borrowed<'a, H>>,
     _off: InterruptsOff<'a, H>,
 }
 
 impl<H: Host> Loan<'_, H> {
-    /// It was not active here before: launch it, and write the host state
-    /// that belongs to the processor.
+    /// It was not active here before: launch it.
     #[must_use]
     pub fn is_fresh(&self) -> bool {
         self.fresh
+    }
+
+    /// It was loaded elsewhere, or nowhere, before: write the host state that
+    /// belongs to the processor, and trust no translation of this vCPU here.
+    #[must_use]
+    pub fn is_moved(&self) -> bool {
+        self.moved
     }
 }
 
@@ -405,8 +435,6 @@ impl<H: Host> Drop for Loan<'_, H> {
             self.operation.vmxoff_here(here);
             return;
         }
-        // Translations tagged with our EPTP and VPID must not meet theirs.
-        self.operation.drop_translations();
         if let Some(theirs) = borrowed.theirs {
             // SAFETY: it was current here when we came.
             let _ = unsafe { cpu.vmptrld(theirs) };

@@ -121,7 +121,15 @@ fn begin(
     } else {
         0
     };
+    // Secondary control 5, "enable VPID".
+    let uses_vpid = vmcs.get(0x4002) >> 31 & vmcs.get(0x401e) >> 5 & 1 != 0;
+    let vpid = if uses_vpid {
+        u16::try_from(vmcs.get(0)).unwrap_or(0)
+    } else {
+        0
+    };
     state.cpus[cpu].in_guest = Some(eptp);
+    state.note_combined(cpu, vpid, eptp);
     if eptp != 0 && !state.eptps.contains(&eptp) {
         state.eptps.push(eptp);
     }

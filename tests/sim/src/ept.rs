@@ -4,7 +4,7 @@
 //! 29.4 "Caching Translation Information". Every translation is cached until
 //! INVEPT, so code that forgets one is caught using a stale page.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
@@ -38,21 +38,54 @@ struct Cached {
 /// The guest-physical mappings that one processor caches, by EPTP bits 51:12
 /// and guest page.
 #[derive(Default)]
-pub(crate) struct Tlb(HashMap<(u64, u64), Cached>);
+pub(crate) struct Tlb {
+    physical: HashMap<(u64, u64), Cached>,
+    /// VPID and EPT root of the guests that left combined translations.
+    combined: HashSet<(u16, u64)>,
+}
 
 impl Tlb {
     pub(crate) fn flush_all(&mut self) {
-        self.0.clear();
+        self.physical.clear();
+        self.combined.clear();
     }
 
     pub(crate) fn flush(&mut self, eptp: u64) {
-        self.0.retain(|(tag, _), _| *tag != eptp & ADDRESS_MASK);
+        self.physical
+            .retain(|(tag, _), _| *tag != eptp & ADDRESS_MASK);
+        self.combined
+            .retain(|(_, root)| *root != eptp & ADDRESS_MASK);
+    }
+
+    /// INVVPID: of one VPID, or of all but 0.
+    pub(crate) fn flush_combined(&mut self, vpid: Option<u16>) {
+        self.combined
+            .retain(|(tag, _)| *tag == 0 || vpid.is_some_and(|v| *tag != v));
     }
 
     fn holds(&self, eptp: u64, frames: &Range<u64>) -> bool {
-        self.0
+        self.physical
             .iter()
             .any(|((tag, _), c)| *tag == eptp & ADDRESS_MASK && frames.contains(&c.frame))
+    }
+}
+
+impl State {
+    /// A guest is entered here. With a VPID its combined translations outlive
+    /// its exits; what it did on another processor since it left some here did
+    /// not drop them.
+    pub(crate) fn note_combined(&mut self, cpu: usize, vpid: u16, eptp: u64) {
+        if vpid == 0 || eptp == 0 {
+            return;
+        }
+        let tag = (vpid, eptp & ADDRESS_MASK);
+        let before = self.ran_last.insert(tag, cpu);
+        let known = !self.cpus[cpu].tlb.combined.insert(tag);
+        if known && before.is_some_and(|before| before != cpu) {
+            self.finding(format!(
+                "VPID {vpid} came back to processor {cpu} with translations of its last stay"
+            ));
+        }
     }
 }
 
@@ -171,14 +204,14 @@ impl State {
     ) -> Result<u64, EptFault> {
         let key = (eptp & ADDRESS_MASK, gpa >> 12);
         let need = access as u64;
-        let cached = self.cpus[cpu].tlb.0.get(&key).copied();
+        let cached = self.cpus[cpu].tlb.physical.get(&key).copied();
         let dirty_done = cached.is_some_and(|c| c.dirty) || access != Access::Write;
         let frame = match cached.filter(|c| c.rights & need != 0 && dirty_done) {
             Some(hit) => hit.frame,
             None => {
                 // A violation also drops what was cached for the address
                 // (29.4.3.1 "Operations that Invalidate Cached Mappings").
-                self.cpus[cpu].tlb.0.remove(&key);
+                self.cpus[cpu].tlb.physical.remove(&key);
                 let found = walk(&self.memory, profile, eptp, gpa)?;
                 if found.rights & need == 0 {
                     return Err(EptFault::Violation(found.rights));
@@ -189,7 +222,7 @@ impl State {
                         slot.fetch_or(EptEntry::DIRTY.bits(), Ordering::AcqRel);
                     }
                 }
-                self.cpus[cpu].tlb.0.insert(
+                self.cpus[cpu].tlb.physical.insert(
                     key,
                     Cached {
                         frame: found.frame,

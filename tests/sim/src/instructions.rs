@@ -284,6 +284,12 @@ impl State {
         if !known || needs_vpid && vpid == 0 || kind == 0 && !p.canonical(address) {
             return Err(self.vm_fail(cpu, error::INVALIDATE_OPERAND));
         }
+        // One address (0) or all but global ones (3) leave others behind.
+        match kind {
+            1 => self.cpus[cpu].tlb.flush_combined(Some(vpid)),
+            2 => self.cpus[cpu].tlb.flush_combined(None),
+            _ => {}
+        }
         Ok(())
     }
 }

@@ -233,6 +233,8 @@ pub(crate) struct State {
     pub(crate) received: Vec<Received>,
     /// Every EPTP a guest ran with.
     pub(crate) eptps: Vec<u64>,
+    /// By VPID and EPT root, the processor where such a guest was entered last.
+    pub(crate) ran_last: HashMap<(u16, u64), usize>,
     pub(crate) tsc: u64,
     pub(crate) idle: u64,
 }
@@ -319,6 +321,7 @@ impl Machine {
             failures: Vec::new(),
             received: Vec::new(),
             eptps: Vec::new(),
+            ran_last: HashMap::new(),
             tsc: 1_000_000,
             idle: 0,
         };

@@ -35,6 +35,8 @@ impl<H: Host> Vcpu<H> {
         let current = Current::new(platform.host(), loan);
         if current.is_fresh() {
             inner.launched = false;
+        }
+        if current.is_moved() {
             inner.registers.general.host_rsp = 0;
             inner.switched.moved();
             inner.host_state.write_for_processor(&current);

@@ -40,6 +40,11 @@ impl<'a, H: Host> Current<'a, H> {
         self.loan.is_fresh()
     }
 
+    /// See [`Loan::is_moved`].
+    pub fn is_moved(&self) -> bool {
+        self.loan.is_moved()
+    }
+
     /// VMREAD.
     #[inline]
     pub fn read<F: Readable>(&self, field: F) -> <F::Width as Width>::Value {
