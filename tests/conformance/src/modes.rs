@@ -38,6 +38,10 @@ pub const SIZES: &[Mode] = &[Mode::Real, Mode::Protected, Mode::Long];
 pub const WIDE: &[Mode] = &[Mode::Protected, Mode::Long];
 /// 32-bit code only, without paging and with.
 pub const WIDE32: &[Mode] = &[Mode::Protected, Mode::Pae];
+/// Those with hardware tasks.
+pub const LEGACY: &[Mode] = &[Mode::Protected, Mode::Paged, Mode::Pae];
+/// 32-bit code with paging.
+pub const PAGED32: &[Mode] = &[Mode::Paged, Mode::Pae];
 /// 64-bit code only.
 pub const LONG: &[Mode] = &[Mode::Long];
 /// Those with paging.

@@ -74,6 +74,22 @@ impl Step {
         step
     }
 
+    /// A task gate in the IDT: the delivery of the event injected at the next
+    /// entry exits for a switch to the TSS that `selector` selects. Once: the
+    /// delivery after it succeeds.
+    #[must_use]
+    pub fn delivery_through_a_task_gate(selector: u16) -> Self {
+        let mut first = true;
+        let mut step = Self::new("task gate", 0, move |guest| {
+            if std::mem::take(&mut first) {
+                return Err(guest.exit_now(9, u64::from(selector) | 3 << 30));
+            }
+            Ok(())
+        });
+        step.on_delivery = true;
+        step
+    }
+
     /// CPUID.
     #[must_use]
     pub fn cpuid(leaf: u32, subleaf: u32) -> Self {

@@ -153,7 +153,7 @@ impl DebugRegisters {
         } else {
             self.guest_dr6
         };
-        self.guest_dr6 = dr6_fixed(kept | (qualification & 0x600f));
+        self.guest_dr6 = dr6_fixed(kept | (qualification & 0xe00f));
     }
 
     /// One of the guest's registers; `index` 4 and 5 are 6 and 7.

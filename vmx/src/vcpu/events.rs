@@ -57,7 +57,46 @@ fn pair(first: u8, second: u8) -> Pair {
     }
 }
 
+/// An event whose delivery an exit interrupted.
+#[derive(Clone, Copy)]
+pub struct Delivery {
+    /// What it is.
+    pub kind: EventKind,
+    /// The error code it pushes.
+    pub error_code: Option<u32>,
+    /// Bytes of the instruction, for software interrupts and exceptions.
+    pub length: u32,
+}
+
+impl Delivery {
+    /// It is no instruction's: SDM 6.13 "Error Code", EXT.
+    pub fn is_external(self) -> bool {
+        !matches!(
+            self.kind,
+            EventKind::SoftwareInterrupt | EventKind::SoftwareException
+        )
+    }
+}
+
 impl Events {
+    /// The event whose delivery the last exit interrupted.
+    pub fn delivery(&self) -> Option<Delivery> {
+        self.waiting.map(|event| Delivery {
+            kind: event.info.kind(),
+            error_code: event.info.has_error_code().then_some(event.error_code),
+            length: event.length,
+        })
+    }
+
+    /// A task switch delivered it. If the new task `faults`, an exception still
+    /// counts as the first of two.
+    pub fn delivered(&mut self, faults: bool) {
+        let kind = self.waiting.map(|event| event.info.kind());
+        if !(faults && kind == Some(EventKind::Exception)) {
+            self.waiting = None;
+        }
+    }
+
     /// Something waits.
     pub fn is_waiting(&self) -> bool {
         self.waiting.is_some()

@@ -21,12 +21,14 @@ mod modes;
 pub mod msr;
 pub mod msr_bitmap;
 mod msr_list;
+mod pdptes;
 pub mod pending;
 mod registers;
 mod run;
 mod setup;
 mod state;
 mod switched_msrs;
+mod task_switch;
 mod tunnel;
 mod vmcs;
 
@@ -101,6 +103,8 @@ pub struct Inner<H: Host> {
     pending_in: Option<u8>,
     /// The PDPTEs in the VMCS are older than CR0, CR3 or CR4.
     pdptes_stale: bool,
+    /// A write of CR0 or CR4 that waits for them.
+    unfinished: Option<pdptes::Unfinished>,
     /// Linear translations are to be dropped before the next entry.
     flush_linear: bool,
     /// The emulator completed an instruction; its effects on the VMCS are due.
@@ -182,6 +186,7 @@ impl<H: Host> Inner<H> {
             on_loan: false,
             pending_in: None,
             pdptes_stale: false,
+            unfinished: None,
             flush_linear: false,
             completed: false,
             step_due: false,
@@ -195,6 +200,7 @@ impl<H: Host> Inner<H> {
     fn abandon(&mut self, current: &Current<'_, H>) {
         self.emulation.abandon();
         self.pending_in = None;
+        self.unfinished = None;
         self.events.clear();
         let shadows = Interruptibility::STI | Interruptibility::MOV_SS;
         let blocking = current.read(field::GUEST_INTERRUPTIBILITY);

@@ -52,6 +52,8 @@ const CR4_OWNED: Cr4 = Cr4::VME
 /// What has to follow a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Consequences {
+    /// The register before the write, for [`Modes::undo`].
+    pub old: u64,
     /// The PDPTEs are to be loaded from memory (SDM 4.4.1 "PDPTE Registers").
     pub pdptes: bool,
     /// Translations of the guest's linear addresses are to be dropped (SDM
@@ -199,6 +201,28 @@ impl Modes {
         self.write_efer(current);
     }
 
+    /// A task switch sets CR0.TS.
+    pub fn set_task_switched<H: Host>(&mut self, current: &Current<'_, H>) {
+        self.cr0 = self.cr0(current) | Cr0::TS.bits();
+        self.write_cr0(current);
+    }
+
+    /// Takes back a write of CR0, CR3 or CR4 that ends in a fault.
+    pub fn undo<H: Host>(&mut self, current: &Current<'_, H>, cr: u8, old: u64) {
+        match cr {
+            0 => {
+                self.cr0 = old;
+                self.write_cr0(current);
+                self.follow_lma(current);
+            }
+            3 => current.write(field::GUEST_CR3, old),
+            _ => {
+                self.cr4 = old;
+                self.write_cr4(current);
+            }
+        }
+    }
+
     /// The guest writes CR0.
     ///
     /// # Errors
@@ -234,6 +258,7 @@ impl Modes {
         }
         let changed = old ^ Cr0::from_bits_retain(self.cr0);
         Ok(Consequences {
+            old: old.bits(),
             pdptes: self.uses_pdptes() && changed.intersects(Cr0::PG | Cr0::CD | Cr0::NW),
             flush: changed.intersects(Cr0::PG | Cr0::WP),
         })
@@ -265,6 +290,7 @@ impl Modes {
         // PAE belongs to the mode, so PDPTEs and LMA depend on CR0 as well.
         self.cr0(current);
         Ok(Consequences {
+            old: old.bits(),
             pdptes: self.uses_pdptes() && changed.intersects(paging),
             flush: changed.intersects(paging | Cr4::PCIDE | Cr4::SMAP),
         })

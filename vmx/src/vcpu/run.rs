@@ -19,7 +19,7 @@ use crate::Error;
 use crate::arch::addr::Gpa;
 use crate::arch::control::Primary;
 use crate::arch::field;
-use crate::arch::reg::{Cr0, Interruptibility, PDPTE_RESERVED, Rflags};
+use crate::arch::reg::{Cr0, Interruptibility, Rflags};
 use crate::host::{Host, Pinned};
 use crate::memory::{Access, FaultOutcome};
 
@@ -104,6 +104,10 @@ impl<H: Host> Vcpu<H> {
                     Next::Resume
                 }
                 Next::Work(Work::Pdptes) => self.load_pdptes(inner)?,
+                Next::Work(Work::TaskSwitch {
+                    qualification,
+                    length,
+                }) => self.task_switch(inner, qualification, length)?,
             };
         }
     }
@@ -301,37 +305,6 @@ impl<H: Host> Vcpu<H> {
         };
         self.channel.set_view(view.as_bytes());
         Next::Leave(ExitStatus::PageFault)
-    }
-
-    /// Loads the PDPTEs for PAE paging from memory: SDM 4.4.1 "PDPTE
-    /// Registers"; with EPT an entry takes them from the VMCS.
-    fn load_pdptes(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
-        let cr3 = self.with_vmcs(inner, |current, _| current.read(field::GUEST_CR3))?;
-        let mut bytes = [0; 32];
-        let table = Gpa(cr3 & 0xffff_ffe0);
-        if let Err(error) = self.guest().memory().read(table, &mut bytes) {
-            log::warn!("PDPTEs at {table:?}: {error:?}");
-        }
-        let mut entries = [0; 4];
-        for (entry, raw) in entries.iter_mut().zip(bytes.chunks_exact(8)) {
-            *entry = u64::from_le_bytes(raw.try_into().unwrap_or_default());
-        }
-        let bits = u32::from(self.guest().caps().physical_bits.min(52));
-        let above = !0u64.checked_shl(bits).map_or(0, |mask| !mask);
-        let bad = |entry: &u64| entry & 1 != 0 && entry & (PDPTE_RESERVED | above) != 0;
-        inner.pdptes_stale = false;
-        if entries.iter().any(bad) {
-            let exception = crate::arch::event::Exception::gp(0);
-            return Ok(handle::raise(self, inner, exception));
-        }
-        self.with_vmcs(inner, |current, _| {
-            let [e0, e1, e2, e3] = entries;
-            current.write(field::GUEST_PDPTE0, e0);
-            current.write(field::GUEST_PDPTE1, e1);
-            current.write(field::GUEST_PDPTE2, e2);
-            current.write(field::GUEST_PDPTE3, e3);
-        })?;
-        Ok(Next::Resume)
     }
 }
 

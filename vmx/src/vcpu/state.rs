@@ -60,8 +60,13 @@ impl SegmentFields {
         }
     }
 
+    /// The selector.
+    pub fn selector<H: Host>(self, current: &Current<'_, H>) -> u16 {
+        current.read(self.selector)
+    }
+
     /// Writes the register as it is given.
-    fn write_raw<H: Host>(self, current: &Current<'_, H>, value: &SegmentDesc, rights: u32) {
+    pub fn write_raw<H: Host>(self, current: &Current<'_, H>, value: &SegmentDesc, rights: u32) {
         current.write(self.selector, value.selector);
         current.write(self.base, value.base);
         current.write(self.limit, value.limit);

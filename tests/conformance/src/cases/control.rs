@@ -28,6 +28,7 @@ pub const CASES: &[Case] = &[
     case!(compatibility_mode),
     case!(turn_paging_on_pae),
     case!(pdpte_reserved_bits),
+    case!(pdpte_reserved_bits_by_cr0_and_cr4),
     case!(efer_lme_while_paging in LONG),
     case!(efer_nxe in LONG),
     case!(syscall_and_sysret),
@@ -430,6 +431,53 @@ fn pdpte_reserved_bits() -> Outcome {
         crate::modes::CODE + 5,
         "RIP of MOV to CR3"
     );
+    Ok(())
+}
+
+/// The instruction that loads them faults, and has changed nothing.
+fn pdpte_reserved_bits_by_cr0_and_cr4() -> Outcome {
+    let with_cr0 =
+        guest!(32: "mov eax, cr0", "btc eax, 30", "out 0x80, al", "mov cr0, eax", "inc edx", "hlt");
+    let with_cr4 =
+        guest!(32: "mov eax, cr4", "btc eax, 7", "out 0x80, al", "mov cr4, eax", "inc edx", "hlt");
+    let turned_on =
+        guest!(32: "mov eax, cr0", "bts eax, 31", "out 0x80, al", "mov cr0, eax", "inc edx", "hlt");
+    for (code, paging) in [(with_cr0, true), (with_cr4, true), (turned_on, false)] {
+        for bad in [1 << 1, 1 << 5, 1 << 8, 1 << 50] {
+            let machine = Machine::new(Mode::Pae, code)?;
+            if !paging {
+                machine.set(|state| state.cr0 &= !(1 << 31))?;
+            }
+            let before = machine.regs()?;
+            let exit = machine.run()?;
+            anyhow::ensure!(matches!(exit, crate::exit::Exit::Out { .. }), "{exit:?}");
+            let good = machine.ram.u64(PDPT_PAE + 24);
+            machine.ram.write_u64(PDPT_PAE + 24, bad | 1);
+            machine.expect(&[fault_code(13, 0)])?;
+            let state = machine.regs()?;
+            let at = crate::modes::CODE + 9;
+            same!(machine.frame_rip(true)?, at, "RIP in the frame");
+            same!(
+                (state.cr0, state.cr4),
+                (before.cr0, before.cr4),
+                "CR0 and CR4"
+            );
+            // Once they are right it goes through.
+            machine.ram.write_u64(PDPT_PAE + 24, good);
+            machine.set(|state| {
+                state.rip = at;
+                state.rsp = before.rsp;
+                state.rdx = 0;
+            })?;
+            machine.expect(&[halt()])?;
+            let after = machine.regs()?;
+            same!(after.rdx, 1, "EDX");
+            anyhow::ensure!(
+                (after.cr0, after.cr4) != (before.cr0, before.cr4),
+                "nothing changed"
+            );
+        }
+    }
     Ok(())
 }
 

@@ -48,6 +48,7 @@ mod requests;
 mod robustness;
 mod smp;
 mod string_io;
+mod task_switch;
 
 use abi::VcpuState;
 
@@ -134,6 +135,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "control",
         cases: control::CASES,
+    },
+    Group {
+        name: "task_switch",
+        cases: task_switch::CASES,
     },
     Group {
         name: "cpuid",

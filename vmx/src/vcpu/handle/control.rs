@@ -1,6 +1,6 @@
 //! Control-register and debug-register accesses.
 
-use super::{Next, advance, raise};
+use super::{Next, Work, advance, raise};
 use crate::arch::event::{Exception, vector};
 use crate::arch::exit::{CrAccess, DrQualification};
 use crate::arch::field;
@@ -8,6 +8,7 @@ use crate::arch::reg::{Cr0, Cr4, DR7_GD, Efer};
 use crate::arch::segment::AccessRights;
 use crate::host::Host;
 use crate::vcpu::modes::Consequences;
+use crate::vcpu::pdptes::Unfinished;
 use crate::vcpu::vmcs::Current;
 use crate::vcpu::{Inner, Vcpu};
 
@@ -50,8 +51,10 @@ pub fn register<H: Host>(
     };
     match result {
         Ok(consequences) => {
-            inner.pdptes_stale |= consequences.pdptes;
             inner.flush_linear |= consequences.flush;
+            if consequences.pdptes {
+                return wait_for_pdptes(inner, current, access, consequences.old);
+            }
             advance(inner, current);
             // XCR0 counts for the guest only while CR4.OSXSAVE is set.
             inner
@@ -64,6 +67,27 @@ pub fn register<H: Host>(
         }
         Err(exception) => raise(vcpu, inner, exception),
     }
+}
+
+/// The write faults if a PDPTE is not as it should be, so it is not over yet.
+#[cold]
+fn wait_for_pdptes<H: Host>(
+    inner: &mut Inner<H>,
+    current: &Current<'_, H>,
+    access: CrAccess,
+    old: u64,
+) -> Next {
+    let cr = match access {
+        CrAccess::Write { cr, .. } => cr,
+        _ => 0,
+    };
+    inner.pdptes_stale = true;
+    inner.unfinished = Some(Unfinished {
+        cr,
+        old,
+        length: current.read(field::EXIT_INSTRUCTION_LENGTH),
+    });
+    Next::Work(Work::Pdptes)
 }
 
 /// The operand of MOV to a control register: 32 bits outside 64-bit mode.
@@ -92,8 +116,10 @@ fn write<H: Host>(
             // Exits only where the processor cannot let it pass.
             let pcide = inner.modes.cr4(current) & Cr4::PCIDE.bits() != 0;
             let keep = pcide && value >> 63 != 0;
+            let old = current.read(field::GUEST_CR3);
             current.write(field::GUEST_CR3, value & !(u64::from(pcide) << 63));
             Ok(Consequences {
+                old,
                 pdptes: inner.modes.uses_pdptes(),
                 flush: !keep,
             })

@@ -64,6 +64,16 @@ fn debug_exception<H: Host>(
     current: &Current<'_, H>,
 ) -> Next {
     let conditions = current.read(field::EXIT_QUALIFICATION);
+    debug_trap(vcpu, inner, current, conditions)
+}
+
+/// A #DB for these conditions, DR6's bits: the client's, or the guest's.
+pub fn debug_trap<H: Host>(
+    vcpu: &Vcpu<H>,
+    inner: &mut Inner<H>,
+    current: &Current<'_, H>,
+    conditions: u64,
+) -> Next {
     if inner.debug.takes_debug_exceptions() {
         let dr7 = inner.debug.guest_dr7();
         return report(vcpu, inner, current, conditions, dr7);

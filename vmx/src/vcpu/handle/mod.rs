@@ -13,7 +13,7 @@ use super::entry_checks::first_violated;
 use super::vmcs::Current;
 use super::{Inner, Vcpu};
 use crate::arch::addr::Gpa;
-use crate::arch::event::{Exception, vector};
+use crate::arch::event::Exception;
 use crate::arch::exit::ExitReason;
 use crate::arch::field;
 use crate::arch::reg::{Interruptibility, Rflags};
@@ -48,6 +48,13 @@ pub enum Work {
     Yield,
     /// Load the PDPTEs from guest memory.
     Pdptes,
+    /// A hardware task switch.
+    TaskSwitch {
+        /// The exit qualification.
+        qualification: u32,
+        /// Bytes of the instruction.
+        length: u8,
+    },
 }
 
 /// Handles one exit.
@@ -93,7 +100,11 @@ pub fn dispatch<H: Host>(
         // Not requested: no NMI is ever injected that could wait.
         Exit::NmiWindow => Next::Resume,
         Exit::TripleFault => lost(inner, "triple fault"),
-        Exit::TaskSwitch { .. } => task_switch(vcpu, inner),
+        #[expect(clippy::cast_possible_truncation, reason = "32 bits; at most 15 bytes")]
+        Exit::TaskSwitch { qualification } => Next::Work(Work::TaskSwitch {
+            qualification: qualification as u32,
+            length: current.read(field::EXIT_INSTRUCTION_LENGTH) as u8,
+        }),
         Exit::EptMisconfiguration { gpa } => {
             log::error!("EPT misconfiguration at {gpa:?}: internal error");
             lost(inner, "EPT misconfiguration")
@@ -201,11 +212,4 @@ fn block_nmi<H: Host>(current: &Current<'_, H>) {
     let blocking = current.read(field::GUEST_INTERRUPTIBILITY);
     let blocked = blocking | Interruptibility::NMI.bits();
     current.write(field::GUEST_INTERRUPTIBILITY, blocked);
-}
-
-/// A hardware task switch: not carried out yet, so the guest gets the #GP of a
-/// gate it may not use, and the log says so.
-fn task_switch<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>) -> Next {
-    log::warn!("hardware task switch: not supported, #GP raised");
-    raise(vcpu, inner, Exception::with_code(vector::GP, 0))
 }
