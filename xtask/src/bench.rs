@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: our driver and Debian's KVM, measured one after the other in the same boot of the emulated
 //! PC with the same client and guest code. One tick is one emulated instruction.
 
+pub(crate) mod ceilings;
 mod chart;
 mod document;
 mod guests;
@@ -28,6 +29,8 @@ Prints a table and writes target/bench/KERNEL.json.
   --kernel 6.1|6.12|7   Debian's kernel (6.1)
   --no-guests           leave the guests under QEMU out
   --docs                write the table and the chart into docs/performance.md
+  --check-ceilings      compare the rows that tests/bench/ceilings.json holds with it, and do nothing else
+  --set-ceilings        write what they are now into it, and do nothing else
 With FILTER, words that commas separate, only the groups of rows whose name contains one; no guests.";
 
 /// The client runs on the emulated PC whatever the host is.
@@ -41,6 +44,15 @@ struct Options {
     filter: String,
     guests: bool,
     docs: bool,
+    ceilings: Ceilings,
+}
+
+/// What becomes of the ceilings.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ceilings {
+    Ignored,
+    Set,
+    Checked,
 }
 
 fn options(args: &[String]) -> Result<Option<Options>> {
@@ -49,6 +61,7 @@ fn options(args: &[String]) -> Result<Option<Options>> {
         filter: String::new(),
         guests: true,
         docs: false,
+        ceilings: Ceilings::Ignored,
     };
     let mut args = args.iter();
     while let Some(arg) = args.next() {
@@ -60,6 +73,8 @@ fn options(args: &[String]) -> Result<Option<Options>> {
                 .clone_into(&mut options.series),
             "--no-guests" => options.guests = false,
             "--docs" => options.docs = true,
+            "--set-ceilings" => options.ceilings = Ceilings::Set,
+            "--check-ceilings" => options.ceilings = Ceilings::Checked,
             word if options.filter.is_empty() && !word.is_empty() && is_filter(word) => {
                 word.clone_into(&mut options.filter);
             }
@@ -86,10 +101,19 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     };
     let flavour = Flavour::from_series(&options.series)?;
+    match options.ceilings {
+        Ceilings::Ignored => {}
+        Ceilings::Set => {
+            ceilings::set(flavour)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Ceilings::Checked => {
+            ceilings::check(flavour)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
     let parts = Parts::ensure(flavour)?;
-    let mut measured = Measured::new(&options.series);
-    measured.commit = commit();
-    measured.compiler = module::sysroot::Compiler::find()?.name();
+    let mut measured = new(flavour)?;
     let outcome = parts.boot(flavour, &options.filter)?;
     let failed = outcome.serial.contains("@@FAILED") || !outcome.success();
     if failed {
@@ -202,6 +226,16 @@ fn side_script(kvm: &str, haxm: &str) -> String {
         side("kvm", KVM, "insmod /kvm/*.ko", kvm, 10),
         side("haxm", &["haxm"], "insmod /*.ko", haxm, 12),
     )
+}
+
+/// Nothing measured yet.
+fn new(flavour: Flavour) -> Result<Measured> {
+    Ok(Measured {
+        series: flavour.series().to_owned(),
+        commit: commit(),
+        compiler: module::sysroot::Compiler::find()?.name(),
+        ..Measured::default()
+    })
 }
 
 /// The commit that is measured, as git names it.

@@ -11,7 +11,7 @@ use testbed::client::{Boot, Machine};
 use testbed::folder::workspace_root;
 use testbed::{Flavour, Outcome, Pc, cpu, firmware};
 
-use crate::{conformance, lint, run, setup};
+use crate::{bench, conformance, lint, run, setup};
 
 const HELP: &str = "usage: cargo xtask test [--host]
 Runs the lints, the host tests, and the driver's tests on the emulated PC.
@@ -128,6 +128,10 @@ fn emulated<'a>(parts: &'a setup::Parts, newer: &'a setup::Parts, stages: &mut V
             Box::new(move || refuse(parts, refusal)),
         ));
     }
+    stages.push((
+        "speed, beside kernel 6.1's KVM".into(),
+        Box::new(|| bench::ceilings::check(Flavour::Cloud6_1)),
+    ));
     for machine in Machine::ALL {
         for cpus in [1, 2] {
             let boot = Boot {

@@ -114,7 +114,7 @@ fn free() -> Result<u64> {
 pub fn memory<A: Api>(api: &A) -> Result<()> {
     let ram = Ram::new(4096)?;
     let (mut vm_bytes, mut vcpu_bytes) = (Samples::default(), Samples::default());
-    for round in 0..4 {
+    for round in 0..3 {
         let before = free()?;
         let vms: Result<Vec<A::Vm>> = (0..FULL_VMS).map(|_| api.create_vm()).collect();
         let vms = vms?;

@@ -44,13 +44,6 @@ pub(crate) struct Measured {
 }
 
 impl Measured {
-    pub(crate) fn new(series: &str) -> Self {
-        Self {
-            series: series.to_owned(),
-            ..Self::default()
-        }
-    }
-
     /// Adds the rows of a run with both sides, `@@SIDE NAME` before each:
     ///
     /// - `@@ROW NAME MEDIAN MEAN LEAST COUNT`;
@@ -130,7 +123,7 @@ mod tests {
         let serial = "@@KERNEL 6.1.0\n@@SIDE kvm\n@@TICK module_load 5\n@@TICK module_load_end 25\n\
                       @@ROW out 3 4 2 9\n\
                       @@SIDE haxm\n@@TICK module_load 100\n@@TICK module_load_end 107\n@@ROW out 1 2 1 9\n";
-        let mut measured = Measured::new("6.1");
+        let mut measured = Measured::default();
         measured.read(&outcome(serial))?;
         assert_eq!(measured.release, "6.1.0");
         assert_eq!(measured.kvm["out"].median, 3);
@@ -143,6 +136,6 @@ mod tests {
     #[test]
     fn a_side_that_is_missing_is_an_error() {
         let serial = "@@SIDE kvm\n@@ROW out 3 4 2 9\n";
-        assert!(Measured::new("6.1").read(&outcome(serial)).is_err());
+        assert!(Measured::default().read(&outcome(serial)).is_err());
     }
 }
