@@ -10,6 +10,7 @@
 #include <linux/smp.h>
 #include <linux/syscore_ops.h>
 #include <trace/events/ipi.h>
+#include <asm/asm.h>
 #include <asm/desc.h>
 #include <asm/fpu/api.h>
 #include <asm/processor-flags.h>
@@ -101,6 +102,19 @@ void haxm_os_set_vmxe(u32 on)
 u32 haxm_os_keeps_vmxe(void)
 {
 	return !IS_ENABLED(HAXM_CR4_DIRECT);
+}
+
+/* VMPTRST is #UD outside VMX operation; nothing else tells. */
+u32 haxm_os_in_vmx_operation(void)
+{
+	u64 vmcs;
+
+	asm goto("1: vmptrst (%0)\n\t"
+		 _ASM_EXTABLE(1b, %l[outside])
+		 : : "r"(&vmcs) : "memory", "cc" : outside);
+	return 1;
+outside:
+	return 0;
 }
 
 /* An exit sets TR's limit to 67h, which leaves out the I/O permission bitmap. */

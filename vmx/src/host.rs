@@ -121,6 +121,12 @@ pub unsafe trait Host: Clone + Send + Sync + 'static {
         true
     }
 
+    /// Whether this processor, whose CR4.VMXE is set, is in VMX operation. Who
+    /// sets the bit executes VMXON next, but may be interrupted before. To
+    /// find out, the host executes a VMX instruction that may fault.
+    /// Interrupts are off.
+    fn is_in_vmx_operation(&self) -> bool;
+
     /// A guest has left this processor: the exits set the limits of GDTR and
     /// IDTR to 0xffff and TR's to 0x67 (SDM 28.5.2 "Loading Host Segment and
     /// Descriptor-Table Registers"). GDTR is put right already; the host does

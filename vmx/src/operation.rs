@@ -73,9 +73,15 @@ pub struct Operation<H: Host> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place(pub usize);
 
-/// VMX operation could not be entered, or a VMCS not be loaded.
+/// A VMCS could not be loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NotLoaded;
+pub enum NotLoaded {
+    /// VMX operation could not be entered, or the processor refused the VMCS.
+    Refused,
+    /// Another hypervisor has set CR4.VMXE and not executed VMXON yet: once its
+    /// thread has run, the next try will do.
+    Later,
+}
 
 impl<H: Host> Operation<H> {
     /// Makes the tables, and a VMXON region for every processor.
@@ -125,7 +131,7 @@ impl<H: Host> Operation<H> {
     /// Enters VMX operation on every running processor.
     ///
     /// # Errors
-    /// [`NotLoaded`] if a processor refused; then none is left in it by us.
+    /// [`NotLoaded::Refused`]: a processor refused; then none is left in it by us.
     pub fn start(&self) -> Result<(), NotLoaded> {
         self.wanted.store(true, Ordering::SeqCst);
         let failed = AtomicBool::new(false);
@@ -138,7 +144,7 @@ impl<H: Host> Operation<H> {
         });
         if failed.load(Ordering::SeqCst) {
             self.stop();
-            return Err(NotLoaded);
+            return Err(NotLoaded::Refused);
         }
         Ok(())
     }
@@ -178,7 +184,7 @@ impl<H: Host> Operation<H> {
     fn enter_here(&self) -> Result<(), NotLoaded> {
         let cpu = self.host.cpu();
         let Some(here) = self.cpus.get(self.host.current_cpu()) else {
-            return Err(NotLoaded);
+            return Err(NotLoaded::Refused);
         };
         if cpu.cr4() & Cr4::VMXE.bits() != 0 {
             // Ours from before, or another hypervisor's: both will do.
@@ -192,7 +198,7 @@ impl<H: Host> Operation<H> {
             // VMXON bit; firmware left the choice to us.
             unsafe { cpu.wrmsr(msr::IA32_FEATURE_CONTROL, value) };
         } else if feature & msr::FEATURE_CONTROL_VMXON == 0 {
-            return Err(NotLoaded);
+            return Err(NotLoaded::Refused);
         }
         // SAFETY: pinned, and not in VMX operation.
         unsafe { self.host.set_vmxe(true) };
@@ -200,7 +206,7 @@ impl<H: Host> Operation<H> {
         if unsafe { cpu.vmxon(here.region.physical()) }.is_err() {
             // SAFETY: VMXON failed, so we are not in VMX operation.
             unsafe { self.host.set_vmxe(false) };
-            return Err(NotLoaded);
+            return Err(NotLoaded::Refused);
         }
         here.ours.store(true, Ordering::SeqCst);
         here.current.store(0, Ordering::SeqCst);
@@ -296,15 +302,15 @@ impl<H: Host> Operation<H> {
     /// Makes a VMCS current on this processor until the loan is dropped.
     ///
     /// # Errors
-    /// [`NotLoaded`]: the processor refused VMXON or VMPTRLD.
+    /// See [`NotLoaded`].
     pub fn load<'a>(
         &'a self,
         pinned: &'a Pinned<'a, H>,
         place: Place,
     ) -> Result<Loan<'a, H>, NotLoaded> {
-        let active = self.active.get(place.0).ok_or(NotLoaded)?;
+        let active = self.active.get(place.0).ok_or(NotLoaded::Refused)?;
         let number = pinned.cpu_number();
-        let here = self.cpus.get(number).ok_or(NotLoaded)?;
+        let here = self.cpus.get(number).ok_or(NotLoaded::Refused)?;
         let was = active.cpu.load(Ordering::SeqCst);
         if was != number {
             self.evict(place);
@@ -318,11 +324,11 @@ impl<H: Host> Operation<H> {
         if fresh {
             // SDM 25.11.3 "Initializing a VMCS": VMCLEAR before the first use.
             // SAFETY: in VMX operation; the region is a reserved VMCS, active nowhere.
-            unsafe { self.host.cpu().vmclear(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
+            unsafe { self.host.cpu().vmclear(Hpa(vmcs)) }.map_err(|_| NotLoaded::Refused)?;
         }
         if fresh || here.current.load(Ordering::Relaxed) != vmcs {
             // SAFETY: in VMX operation; not active on another processor.
-            unsafe { self.host.cpu().vmptrld(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
+            unsafe { self.host.cpu().vmptrld(Hpa(vmcs)) }.map_err(|_| NotLoaded::Refused)?;
             here.current.store(vmcs, Ordering::SeqCst);
             active.cpu.store(number, Ordering::SeqCst);
             self.forget_branches();
@@ -358,7 +364,10 @@ impl<H: Host> Operation<H> {
         self.enter_here()?;
         let ours = here.ours.load(Ordering::Relaxed);
         let lasts = ours && self.host.keeps_vmxe();
-        // SAFETY: in VMX operation: `enter_here` returned.
+        if !ours && !self.host.is_in_vmx_operation() {
+            return Err(NotLoaded::Later);
+        }
+        // SAFETY: in VMX operation, by our VMXON or as the host has just seen.
         let theirs = if ours { None } else { unsafe { cpu.vmptrst() } };
         let vmcs = active.vmcs.load(Ordering::SeqCst);
         // From here on its drop puts things back, whatever fails.
@@ -376,9 +385,9 @@ impl<H: Host> Operation<H> {
         };
         // SAFETY: in VMX operation; reserved and active nowhere: a borrowed loan
         // always ends clear.
-        unsafe { cpu.vmclear(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
+        unsafe { cpu.vmclear(Hpa(vmcs)) }.map_err(|_| NotLoaded::Refused)?;
         // SAFETY: as above.
-        unsafe { cpu.vmptrld(Hpa(vmcs)) }.map_err(|_| NotLoaded)?;
+        unsafe { cpu.vmptrld(Hpa(vmcs)) }.map_err(|_| NotLoaded::Refused)?;
         loan.moved = active.last.swap(number, Ordering::Relaxed) != number;
         self.forget_branches();
         if lasts {

@@ -34,6 +34,7 @@ unsafe extern "C" {
     pub(crate) safe fn haxm_os_kick(cpu: u32);
     pub(crate) fn haxm_os_set_vmxe(on: u32);
     pub(crate) safe fn haxm_os_keeps_vmxe() -> u32;
+    pub(crate) safe fn haxm_os_in_vmx_operation() -> u32;
     pub(crate) safe fn haxm_os_guest_left();
     pub(crate) safe fn haxm_os_event_pending() -> u32;
     pub(crate) safe fn haxm_os_yield();

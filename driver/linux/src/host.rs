@@ -119,6 +119,10 @@ unsafe impl Host for Linux {
         ffi::haxm_os_keeps_vmxe() != 0
     }
 
+    fn is_in_vmx_operation(&self) -> bool {
+        ffi::haxm_os_in_vmx_operation() != 0
+    }
+
     fn guest_left(&self) {
         ffi::haxm_os_guest_left();
     }

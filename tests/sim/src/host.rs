@@ -221,6 +221,22 @@ unsafe impl Host for SimHost {
         self.inner().keeps_vmxe.load(Ordering::SeqCst)
     }
 
+    fn is_in_vmx_operation(&self) -> bool {
+        let _inside = fault::inside();
+        if thread(|t| t.masked.get() == 0) {
+            self.inner()
+                .finding("is_in_vmx_operation with interrupts on");
+        }
+        let cpu = self.inner().cores.current();
+        let mut state = self.inner().state();
+        // The other hypervisor's thread was interrupted before its VMXON.
+        if state.foreign_late > 0 && state.cpus[cpu].foreign.is_some() {
+            state.foreign_late -= 1;
+            return false;
+        }
+        state.cpus[cpu].vmxon.is_some()
+    }
+
     fn guest_left(&self) {
         let _inside = fault::inside();
         let cpu = self.inner().cores.current();

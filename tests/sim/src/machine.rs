@@ -235,6 +235,8 @@ pub(crate) struct State {
     pub(crate) eptps: Vec<u64>,
     /// By VPID and EPT root, the processor where such a guest was entered last.
     pub(crate) ran_last: HashMap<(u16, u64), usize>,
+    /// See [`Machine::delay_foreign_vmxon`].
+    pub(crate) foreign_late: u32,
     pub(crate) tsc: u64,
     pub(crate) idle: u64,
 }
@@ -322,6 +324,7 @@ impl Machine {
             received: Vec::new(),
             eptps: Vec::new(),
             ran_last: HashMap::new(),
+            foreign_late: 0,
             tsc: 1_000_000,
             idle: 0,
         };
@@ -434,6 +437,12 @@ impl Machine {
     /// Sends an NMI to a processor: the guest there exits if it should.
     pub fn nmi(&self, cpu: usize) {
         self.0.cores.raise_nmi(cpu);
+    }
+
+    /// The next `times` looks find the other hypervisor between setting
+    /// CR4.VMXE and its VMXON.
+    pub fn delay_foreign_vmxon(&self, times: u32) {
+        self.0.state().foreign_late = times;
     }
 
     /// What [`vmx::host::Host::keeps_vmxe`] says. Before the first VM.

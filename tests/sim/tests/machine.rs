@@ -182,6 +182,47 @@ fn beside_another_hypervisor() {
     }
 }
 
+/// Its thread is interrupted between CR4.VMXE and VMXON: RUN and the short
+/// accesses wait for it.
+#[test]
+fn beside_a_hypervisor_that_is_not_there_yet() {
+    let machine = Machine::haswell();
+    machine.add_foreign_hypervisor();
+    let client = Client::new(&machine);
+    client.protected_mode();
+    machine.delay_foreign_vmxon(3);
+    let status = client.run([Step::cpuid(0, 0)]);
+    assert_eq!(status, ExitStatus::Interrupt);
+    machine.delay_foreign_vmxon(3);
+    let regs = client.regs();
+    machine.delay_foreign_vmxon(u32::MAX);
+    assert_eq!(client.vcpu.set_regs(&regs), Err(Error::Busy));
+    machine.set_event_pending(true);
+    assert_eq!(client.run([]), ExitStatus::Interrupt);
+    machine.set_event_pending(false);
+    machine.delay_foreign_vmxon(0);
+    client.finish();
+}
+
+/// Linux 7 lets nobody but KVM keep CR4.VMXE.
+#[test]
+fn where_the_host_keeps_cr4_to_itself() {
+    let machine = Machine::haswell();
+    machine.set_keeps_vmxe(false);
+    let client = Client::new(&machine);
+    assert!(!machine.in_vmx(0));
+    client.protected_mode();
+    client.run([Step::write(0x3000, 8, 1, 2)]);
+    machine.reset_counts();
+    client.run([Step::read(0x3000, 8, 1, 2), Step::cpuid(0, 0)]);
+    let counts = machine.counts();
+    assert_eq!((counts.vmxon, counts.vmxoff), (1, 1));
+    // On the same processor as before nothing is dropped.
+    assert_eq!((counts.invept, counts.invvpid), (0, 0));
+    assert!(!machine.in_vmx(0));
+    client.finish();
+}
+
 #[test]
 fn processors_come_and_go() {
     let machine = Machine::new(Profile::haswell(), 3);

@@ -10,6 +10,10 @@ use crate::arch::ept::{EptVpidCaps, InveptKind, InvvpidKind};
 use crate::arch::field;
 use crate::cpu::{Cpu, VmxFailure};
 use crate::host::{CpuOffline, Host, OwnedPage, Pinned};
+use crate::operation::NotLoaded;
+
+/// How often a short access waits for another hypervisor to finish its VMXON.
+const TRIES: u32 = 1000;
 
 /// Fills the MSR bitmap's page before the processor gets its address.
 pub fn fill_bitmap<H: Host>(page: &OwnedPage<H>) {
@@ -26,12 +30,9 @@ impl<H: Host> Vcpu<H> {
         &'a self,
         inner: &mut Inner<H>,
         pinned: &'a Pinned<'a, H>,
-    ) -> Result<Current<'a, H>, Error> {
+    ) -> Result<Current<'a, H>, NotLoaded> {
         let platform = self.guest().membership().platform();
-        let loan = platform
-            .operation()
-            .load(pinned, self.place)
-            .map_err(|_| Error::Fault)?;
+        let loan = platform.operation().load(pinned, self.place)?;
         let current = Current::new(platform.host(), loan);
         if current.is_fresh() {
             inner.launched = false;
@@ -52,10 +53,28 @@ impl<H: Host> Vcpu<H> {
         inner: &mut Inner<H>,
         call: impl FnOnce(&Current<'_, H>, &mut Inner<H>) -> R,
     ) -> Result<R, Error> {
-        let pinned = Pinned::new(self.guest().host());
-        let current = self.load(inner, &pinned)?;
-        let result = call(&current, inner);
-        inner.registers.flush(&current);
+        let host = self.guest().host();
+        for _ in 0..TRIES {
+            let pinned = Pinned::new(host);
+            match self.load(inner, &pinned) {
+                Ok(current) => return self.call_with(inner, &current, call),
+                Err(NotLoaded::Refused) => return Err(Error::Fault),
+                Err(NotLoaded::Later) => {}
+            }
+            drop(pinned);
+            host.yield_now();
+        }
+        Err(Error::Busy)
+    }
+
+    fn call_with<R>(
+        &self,
+        inner: &mut Inner<H>,
+        current: &Current<'_, H>,
+        call: impl FnOnce(&Current<'_, H>, &mut Inner<H>) -> R,
+    ) -> Result<R, Error> {
+        let result = call(current, inner);
+        inner.registers.flush(current);
         if current.failure().is_some() {
             inner.dead = true;
             return Err(Error::Fault);

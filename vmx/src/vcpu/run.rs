@@ -22,6 +22,7 @@ use crate::arch::field;
 use crate::arch::reg::{Cr0, Interruptibility, Rflags};
 use crate::host::{Host, Pinned};
 use crate::memory::{Access, FaultOutcome};
+use crate::operation::NotLoaded;
 
 /// Exits handled before the processor is given back for a moment: an interrupt
 /// that exits keep from being recognized is then taken at last.
@@ -143,7 +144,8 @@ impl<H: Host> Vcpu<H> {
                     Ok(next)
                 }
             }
-            Err(error) => Err(error),
+            Err(NotLoaded::Later) => Ok(Next::Work(Work::Yield)),
+            Err(NotLoaded::Refused) => Err(Error::Fault),
         };
         inner.extended.save(host);
         result

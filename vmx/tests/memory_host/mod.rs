@@ -388,6 +388,10 @@ unsafe impl Host for FakeHost {
         self.0.processors[cpu].kicked.store(true, Ordering::Release);
     }
 
+    fn is_in_vmx_operation(&self) -> bool {
+        false
+    }
+
     unsafe fn set_vmxe(&self, _on: bool) {
         unimplemented!()
     }
