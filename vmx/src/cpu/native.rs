@@ -320,29 +320,37 @@ impl Cpu for Native {
         (pointer != u64::MAX).then_some(Hpa(pointer))
     }
 
+    #[inline(always)]
     unsafe fn vmread(&self, field: u32) -> Result<u64, VmxFailure> {
         let value: u64;
-        let (carry, zero): (u8, u8);
+        let failed: u8;
         // SAFETY: the caller is in VMX operation.
         unsafe {
-            asm!("vmread {value}, {field}", "setc {carry}", "setz {zero}",
+            asm!("vmread {value}, {field}", "setna {failed}",
                  value = out(reg) value, field = in(reg) u64::from(field),
-                 carry = out(reg_byte) carry, zero = lateout(reg_byte) zero,
-                 options(nostack));
+                 failed = lateout(reg_byte) failed, options(nostack));
         }
-        outcome(carry, zero).map(|()| value)
+        if failed == 0 {
+            Ok(value)
+        } else {
+            Err(self.failure())
+        }
     }
 
+    #[inline(always)]
     unsafe fn vmwrite(&self, field: u32, value: u64) -> Result<(), VmxFailure> {
-        let (carry, zero): (u8, u8);
+        let failed: u8;
         // SAFETY: the caller keeps the trait's contract.
         unsafe {
-            asm!("vmwrite {field}, {value}", "setc {carry}", "setz {zero}",
+            asm!("vmwrite {field}, {value}", "setna {failed}",
                  value = in(reg) value, field = in(reg) u64::from(field),
-                 carry = out(reg_byte) carry, zero = lateout(reg_byte) zero,
-                 options(nostack));
+                 failed = lateout(reg_byte) failed, options(nostack));
         }
-        outcome(carry, zero)
+        if failed == 0 {
+            Ok(())
+        } else {
+            Err(self.failure())
+        }
     }
 
     unsafe fn invept(&self, kind: InveptKind, eptp: u64) -> Result<(), VmxFailure> {
@@ -379,8 +387,26 @@ impl Cpu for Native {
 
     unsafe fn enter(&self, regs: &mut GuestRegs, launched: bool) -> Result<(), VmxFailure> {
         // SAFETY: the caller keeps the trait's contract.
-        let flags = unsafe { world_switch(regs, u64::from(launched)) };
-        outcome((flags & 1) as u8, (flags & 0x40) as u8)
+        let failed = unsafe { world_switch(regs, u64::from(launched)) };
+        if failed & 1 == 0 {
+            Ok(())
+        } else {
+            Err(self.failure())
+        }
+    }
+}
+
+impl Native {
+    /// Which of the two failures a VMX instruction had whose CF or ZF was set:
+    /// without a current VMCS it can only be VMfailInvalid, with one only
+    /// VMfailValid (SDM 31.2 "Conventions"). In VMX operation.
+    #[cold]
+    fn failure(&self) -> VmxFailure {
+        // SAFETY: the instruction that failed needs VMX operation, too.
+        match unsafe { self.vmptrst() } {
+            Some(_) => VmxFailure::Valid,
+            None => VmxFailure::Invalid,
+        }
     }
 }
 
@@ -388,9 +414,9 @@ const HOST_RSP: u64 = x86::vmx::vmcs::host::RSP as u64;
 const HOST_RIP: u64 = x86::vmx::vmcs::host::RIP as u64;
 
 /// Enters the guest and comes back at its next exit, or at once if the entry
-/// instruction fails. Returns RFLAGS as the entry instruction left them: after
-/// an exit CF and ZF are clear (SDM 28.5.3 "Loading Host RIP, RSP, RFLAGS, and
-/// SSP").
+/// instruction fails. Bit 0 of the result is CF or ZF as the entry instruction
+/// left them, the other bits mean nothing: after an exit both flags are clear
+/// (SDM 28.5.3 "Loading Host RIP, RSP, RFLAGS, and SSP").
 ///
 /// 1. Save RBX and RBP, which the compiler will not let an asm statement clobber.
 /// 2. Push the register block's address; RSP now is the host's for the exit.
@@ -402,7 +428,7 @@ const HOST_RIP: u64 = x86::vmx::vmcs::host::RIP as u64;
 /// The contract of [`Cpu::enter`]. Not inlined: HOST_RIP names the one copy.
 #[inline(never)]
 unsafe extern "sysv64" fn world_switch(regs: *mut GuestRegs, launched: u64) -> u64 {
-    let flags: u64;
+    let failed: u64;
     // SAFETY: the caller's contract; every register the guest may change is
     // saved here or declared clobbered.
     unsafe {
@@ -462,14 +488,15 @@ unsafe extern "sysv64" fn world_switch(regs: *mut GuestRegs, launched: u64) -> u
             "mov [rdi + {gpr} + 13*8], r13",
             "mov [rdi + {gpr} + 14*8], r14",
             "mov [rdi + {gpr} + 15*8], r15",
-            "pop rax",
-            "mov [rdi + {gpr} + 7*8], rax",
-            "pushfq",
-            "pop rax",
+            "pop qword ptr [rdi + {gpr} + 7*8]",
+            "mov eax, 0",
+            "setna al",
             "pop rdi",
             "pop rbp",
             "pop rbx",
-            // No guest value survives in a register that speculation could use.
+            // No guest value survives in a register that speculation could use:
+            // the compiler's own epilogue loads R12 to R15, which are its
+            // caller's.
             "mov ecx, 0",
             "mov edx, 0",
             "mov esi, 0",
@@ -477,21 +504,17 @@ unsafe extern "sysv64" fn world_switch(regs: *mut GuestRegs, launched: u64) -> u
             "mov r9d, 0",
             "mov r10d, 0",
             "mov r11d, 0",
-            "mov r12d, 0",
-            "mov r13d, 0",
-            "mov r14d, 0",
-            "mov r15d, 0",
             gpr = const offset_of!(GuestRegs, gpr),
             host_rsp = const offset_of!(GuestRegs, host_rsp),
             field_rsp = const HOST_RSP,
             field_rip = const HOST_RIP,
             inout("rdi") regs => _,
             inout("rsi") launched => _,
-            out("rax") flags,
+            out("rax") failed,
             out("rcx") _, out("rdx") _,
             out("r8") _, out("r9") _, out("r10") _, out("r11") _,
             out("r12") _, out("r13") _, out("r14") _, out("r15") _,
         );
     }
-    flags
+    failed
 }

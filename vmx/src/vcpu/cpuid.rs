@@ -10,11 +10,13 @@
 //! Returned by CPUID Instruction".
 
 mod answer;
+mod cache;
 mod feature;
 #[cfg(test)]
 mod tests;
 
 pub use answer::View;
+pub use cache::Answers;
 pub use feature::{Feature, Features};
 
 use abi::cpuid::{CpuidEntry, MAX_CPUID_ENTRIES};

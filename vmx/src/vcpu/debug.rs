@@ -65,8 +65,10 @@ impl DebugRegisters {
     }
 
     /// A client single-steps it.
+    #[inline]
     pub fn steps(&self) -> bool {
-        self.is_enabled() && self.control.contains(DebugControl::STEP)
+        let both = DebugControl::ENABLE | DebugControl::STEP;
+        self.control.contains(both)
     }
 
     /// #DB belongs to the client.

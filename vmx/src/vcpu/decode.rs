@@ -1,10 +1,12 @@
-//! An exit, decoded once from the VMCS into what the handlers see.
+//! An exit, decoded once from the VMCS into what the handlers see. The most
+//! frequent ones, I/O, CPUID, RDMSR and HLT, do not come here: `Vcpu::once`
+//! gives them to their handlers itself.
 
 use super::exit_table::Answer;
 use super::vmcs::Current;
 use crate::arch::addr::Gpa;
 use crate::arch::event::InterruptionInfo;
-use crate::arch::exit::{CrAccess, DrQualification, EptQualification, ExitReason, IoQualification};
+use crate::arch::exit::{CrAccess, DrQualification, EptQualification, ExitReason};
 use crate::arch::field;
 use crate::host::Host;
 
@@ -31,10 +33,6 @@ pub enum Exit {
         /// The exit qualification.
         qualification: u64,
     },
-    /// CPUID.
-    Cpuid,
-    /// HLT.
-    Hlt,
     /// RDPMC.
     Rdpmc,
     /// A loop of PAUSEs: the guest waits for another of its processors.
@@ -45,10 +43,6 @@ pub enum Exit {
     CrAccess(CrAccess),
     /// A debug-register access.
     DrAccess(DrQualification),
-    /// IN, OUT, INS or OUTS.
-    Io(IoQualification),
-    /// RDMSR.
-    Rdmsr,
     /// WRMSR.
     Wrmsr,
     /// XSETBV.
@@ -79,21 +73,19 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// Reads what this exit needs from the VMCS. The second value is the basic
-    /// reason, which clients see in the tunnel.
-    pub fn read<H: Host>(current: &Current<'_, H>) -> (Self, ExitReason) {
-        let word = current.read(field::EXIT_REASON);
+    /// Reads what this exit needs from the VMCS; `word` is its exit reason
+    /// field.
+    pub fn read<H: Host>(current: &Current<'_, H>, word: u32) -> Self {
         let reason = ExitReason::from_field(word);
         let qualification = || current.read(field::EXIT_QUALIFICATION);
         if word & ExitReason::ENTRY_FAILURE != 0 {
-            let exit = Self::EntryFailure {
+            return Self::EntryFailure {
                 reason,
                 qualification: qualification(),
             };
-            return (exit, reason);
         }
         let gpa = || Gpa(current.read(field::GUEST_PHYSICAL_ADDRESS));
-        let exit = match reason {
+        match reason {
             ExitReason::EXCEPTION_OR_NMI => Self::Exception {
                 info: InterruptionInfo(current.read(field::EXIT_INTERRUPTION_INFO)),
             },
@@ -107,14 +99,10 @@ impl Exit {
                 qualification: qualification(),
             },
             ExitReason::MONITOR_TRAP_FLAG => Self::MonitorTrap,
-            ExitReason::CPUID => Self::Cpuid,
-            ExitReason::HLT => Self::Hlt,
             ExitReason::RDPMC => Self::Rdpmc,
             ExitReason::PAUSE => Self::Spin,
             ExitReason::CR_ACCESS => Self::CrAccess(CrAccess::from_qualification(qualification())),
             ExitReason::DR_ACCESS => Self::DrAccess(DrQualification(qualification())),
-            ExitReason::IO_INSTRUCTION => Self::Io(IoQualification(qualification())),
-            ExitReason::RDMSR => Self::Rdmsr,
             ExitReason::WRMSR => Self::Wrmsr,
             ExitReason::XSETBV => Self::Xsetbv,
             ExitReason::EPT_VIOLATION => Self::EptViolation {
@@ -127,8 +115,7 @@ impl Exit {
                 Answer::Undefined => Self::Undefined,
                 _ => Self::Unexpected(other),
             },
-        };
-        (exit, reason)
+        }
     }
 
     /// The exit can have come in the middle of delivering an event through the

@@ -73,6 +73,7 @@ impl<H: Host> Vcpu<H> {
         current: &Current<'_, H>,
         call: impl FnOnce(&Current<'_, H>, &mut Inner<H>) -> R,
     ) -> Result<R, Error> {
+        inner.quiet = false;
         let result = call(current, inner);
         inner.registers.flush(current);
         if current.failure().is_some() {

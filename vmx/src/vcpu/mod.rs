@@ -54,7 +54,7 @@ use crate::memory::Reserve;
 use crate::operation::{Place, write_revision};
 use crate::sync::{Lock, LockClass};
 
-use cpuid::{CpuidTable, Features};
+use cpuid::{Answers, CpuidTable, Features};
 use debug::DebugRegisters;
 use emulation::Emulation;
 use events::Events;
@@ -88,6 +88,8 @@ pub struct Inner<H: Host> {
     emulation: Box<Emulation>,
     reserve: Reserve<H>,
     cpuid: Box<CpuidTable>,
+    /// What that table answered.
+    answers: Box<Answers>,
     /// What that table offers.
     features: Features,
     cpuid_version: u32,
@@ -111,6 +113,9 @@ pub struct Inner<H: Host> {
     completed: bool,
     /// A client that single-steps has not heard of the last instruction.
     step_due: bool,
+    /// The last look found nothing to do before an entry, and nothing has
+    /// happened since that could change that: see `Vcpu::is_quiet`.
+    quiet: bool,
     /// The guest is lost; every RUN says so.
     dead: bool,
     /// Exits so far, by basic reason.
@@ -178,6 +183,7 @@ impl<H: Host> Inner<H> {
             emulation: Emulation::boxed()?,
             reserve: Reserve::new(),
             cpuid,
+            answers: try_box(Answers::default())?,
             features,
             cpuid_version,
             launched: false,
@@ -190,6 +196,7 @@ impl<H: Host> Inner<H> {
             flush_linear: false,
             completed: false,
             step_due: false,
+            quiet: false,
             dead: false,
             exits: try_box([0; ExitReason::COUNT])?,
         })
@@ -399,6 +406,7 @@ impl<H: Host> Vcpu<H> {
         }
         inner.emulation.forget_registers();
         inner.cpuid_version = self.guest().copy_cpuid(&mut inner.cpuid);
+        inner.answers.forget();
         inner.features = inner.cpuid.features();
         inner.modes.allow_cr4(inner.features.allowed_cr4());
         true

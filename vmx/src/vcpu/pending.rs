@@ -81,10 +81,11 @@ impl PendingVectors {
 
     /// No vector waits.
     #[must_use]
+    #[inline]
     pub fn is_empty(&self) -> bool {
-        self.words
-            .iter()
-            .all(|word| word.load(Ordering::Acquire) == 0)
+        let [a, b, c, d] = &self.words;
+        let load = |word: &AtomicU64| word.load(Ordering::Acquire);
+        load(a) | load(b) | load(c) | load(d) == 0
     }
 
     /// Forgets all vectors: a reset.

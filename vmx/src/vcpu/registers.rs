@@ -11,6 +11,9 @@ use crate::host::Host;
 const RIP: u8 = 1 << 0;
 const RSP: u8 = 1 << 1;
 const RFLAGS: u8 = 1 << 2;
+/// There is no shadow of STI or MOV SS: the interruptibility state in the VMCS
+/// need not be read to know that.
+const NO_SHADOW: u8 = 1 << 3;
 
 /// The registers of a vCPU, with what is known of those in the VMCS.
 #[derive(Default)]
@@ -19,7 +22,7 @@ pub struct Registers {
     pub general: GuestRegs,
     rip: u64,
     rflags: u64,
-    /// Of RIP, RSP, RFLAGS: the copy is right.
+    /// Of RIP, RSP, RFLAGS: the copy is right. And [`NO_SHADOW`].
     known: u8,
     /// The copy is newer than the VMCS.
     changed: u8,
@@ -27,6 +30,7 @@ pub struct Registers {
 
 impl Registers {
     /// RIP.
+    #[inline]
     pub fn rip<H: Host>(&mut self, current: &Current<'_, H>) -> u64 {
         if self.known & RIP == 0 {
             self.rip = current.read(field::GUEST_RIP);
@@ -42,7 +46,29 @@ impl Registers {
         self.changed |= RIP;
     }
 
+    /// Moves RIP on at once, in the VMCS too.
+    #[inline]
+    pub fn move_rip<H: Host>(&mut self, current: &Current<'_, H>, value: u64) {
+        current.write(field::GUEST_RIP, value);
+        self.rip = value;
+        self.known |= RIP;
+        self.changed &= !RIP;
+    }
+
+    /// An instruction was completed, and the shadow of STI or MOV SS in the
+    /// VMCS is gone.
+    #[inline]
+    pub fn set_no_shadow(&mut self) {
+        self.known |= NO_SHADOW;
+    }
+
+    /// See [`Registers::set_no_shadow`]; `false` if it is not known.
+    pub fn has_no_shadow(&self) -> bool {
+        self.known & NO_SHADOW != 0
+    }
+
     /// RFLAGS.
+    #[inline]
     pub fn rflags<H: Host>(&mut self, current: &Current<'_, H>) -> u64 {
         if self.known & RFLAGS == 0 {
             self.rflags = current.read(field::GUEST_RFLAGS);
@@ -61,6 +87,7 @@ impl Registers {
     }
 
     /// A general register by number; RSP too.
+    #[inline]
     pub fn get<H: Host>(&mut self, current: &Current<'_, H>, number: u8) -> u64 {
         let number = usize::from(number & 15);
         if number == gpr::RSP && self.known & RSP == 0 {
@@ -71,6 +98,7 @@ impl Registers {
     }
 
     /// Sets a general register by number; RSP too.
+    #[inline]
     pub fn set(&mut self, number: u8, value: u64) {
         let number = usize::from(number & 15);
         self.set_slot(number, value);
@@ -114,10 +142,15 @@ impl Registers {
     }
 
     /// Writes the changed ones to the VMCS.
+    #[inline]
     pub fn flush<H: Host>(&mut self, current: &Current<'_, H>) {
-        if self.changed == 0 {
-            return;
+        if self.changed != 0 {
+            self.write_back(current);
         }
+    }
+
+    #[inline(never)]
+    fn write_back<H: Host>(&mut self, current: &Current<'_, H>) {
         if self.changed & RIP != 0 {
             current.write(field::GUEST_RIP, self.rip);
         }
@@ -131,6 +164,7 @@ impl Registers {
     }
 
     /// The guest ran: the copies are no longer right.
+    #[inline]
     pub fn forget(&mut self) {
         self.known = 0;
     }

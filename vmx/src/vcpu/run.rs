@@ -18,8 +18,10 @@ use super::{Inner, NOWHERE, Vcpu};
 use crate::Error;
 use crate::arch::addr::Gpa;
 use crate::arch::control::Primary;
+use crate::arch::exit::{ExitReason, IoQualification};
 use crate::arch::field;
 use crate::arch::reg::{Cr0, Interruptibility, Rflags};
+use crate::cpu::VmxFailure;
 use crate::host::{Host, Pinned};
 use crate::memory::{Access, FaultOutcome};
 use crate::operation::NotLoaded;
@@ -80,6 +82,7 @@ impl<H: Host> Vcpu<H> {
         }
         let mut next = Next::Resume;
         if inner.emulation.is_under_way() {
+            inner.quiet = false;
             inner.emulation.answer(self.channel.fast_mmio_value());
             next = self.emulate(inner)?;
         }
@@ -91,25 +94,33 @@ impl<H: Host> Vcpu<H> {
                 Next::Leave(status) => return Ok(status),
                 Next::Resume if self.must_return() => return Ok(ExitStatus::Interrupt),
                 Next::Resume => self.in_guest(inner)?,
-                Next::Work(_) if self.guest().host().event_pending() => {
-                    // Nothing is lost: the guest touches the page again, or
-                    // the emulation goes on at the next RUN.
-                    return Ok(ExitStatus::Interrupt);
-                }
-                Next::Work(Work::Memory { gpa, access }) => {
-                    self.memory_fault(inner, gpa, access)?
-                }
-                Next::Work(Work::Emulate) => self.emulate(inner)?,
-                Next::Work(Work::Yield) => {
-                    self.guest().host().yield_now();
-                    Next::Resume
-                }
-                Next::Work(Work::Pdptes) => self.load_pdptes(inner)?,
-                Next::Work(Work::TaskSwitch {
-                    qualification,
-                    length,
-                }) => self.task_switch(inner, qualification, length)?,
+                Next::Work(work) => self.work(inner, work)?,
             };
+        }
+    }
+
+    /// Work that may sleep.
+    #[inline(never)]
+    fn work(&self, inner: &mut Inner<H>, work: Work) -> Result<Next, Error> {
+        inner.quiet = false;
+        let host = self.guest().host();
+        if host.event_pending() {
+            // Nothing is lost: the guest touches the page again, or the
+            // emulation goes on at the next RUN.
+            return Ok(Next::Leave(ExitStatus::Interrupt));
+        }
+        match work {
+            Work::Memory { gpa, access } => self.memory_fault(inner, gpa, access),
+            Work::Emulate => self.emulate(inner),
+            Work::Yield => {
+                host.yield_now();
+                Ok(Next::Resume)
+            }
+            Work::Pdptes => self.load_pdptes(inner),
+            Work::TaskSwitch {
+                qualification,
+                length,
+            } => self.task_switch(inner, qualification, length),
         }
     }
 
@@ -187,33 +198,63 @@ impl<H: Host> Vcpu<H> {
         next
     }
 
-    /// One entry and its exit.
+    /// One entry and its exit. What comes most often is handled here; all else
+    /// in [`Vcpu::exit`].
+    #[inline(always)]
     fn once(&self, inner: &mut Inner<H>, current: &Current<'_, H>, cpu_number: usize) -> Next {
-        if let Some(next) = self.prepare(inner, current) {
-            return next;
+        if !self.is_quiet(inner) {
+            if let Some(next) = self.prepare(inner, current) {
+                return next;
+            }
         }
         match self.enter(inner, current, cpu_number) {
             Ok(Ok(())) => {}
-            Ok(Err(failure)) => {
-                let number = current.read(field::INSTRUCTION_ERROR);
-                log::error!("VM entry: {failure:?}, instruction error {number}");
-                inner.dead = true;
-                return Next::Leave(ExitStatus::Unknown);
-            }
+            Ok(Err(failure)) => return not_entered(inner, current, failure),
             Err(_) => return handle::lost(inner, "processor without a record"),
         }
-        let (exit, reason) = Exit::read(current);
+        /// The whole field: nothing but the reason is set.
+        const CPUID: u32 = ExitReason::CPUID.0 as u32;
+        const IO_INSTRUCTION: u32 = ExitReason::IO_INSTRUCTION.0 as u32;
+        const RDMSR: u32 = ExitReason::RDMSR.0 as u32;
+        const HLT: u32 = ExitReason::HLT.0 as u32;
+        let word = current.read(field::EXIT_REASON);
+        let reason = ExitReason::from_field(word);
         if let Some(count) = inner.exits.get_mut(usize::from(reason.0)) {
             *count = count.wrapping_add(1);
         }
         self.channel.set_exit_reason(u32::from(reason.0));
+        // None of these changes what `is_quiet` answers for, but through
+        // `handle::raise`.
+        match word {
+            IO_INSTRUCTION => {
+                let qualification = IoQualification(current.read(field::EXIT_QUALIFICATION));
+                handle::io::handle(self, inner, current, qualification)
+            }
+            CPUID => handle::system::cpuid(self, inner, current),
+            RDMSR => handle::system::rdmsr(self, inner, current),
+            HLT => handle::system::halt(self, inner, current),
+            _ => self.exit(inner, current, word),
+        }
+    }
+
+    /// Any exit.
+    #[inline(never)]
+    fn exit(&self, inner: &mut Inner<H>, current: &Current<'_, H>, word: u32) -> Next {
+        let exit = Exit::read(current, word);
         if exit.during_delivery() {
             inner.events.take_interrupted(current);
         }
         handle::dispatch(self, inner, current, exit)
     }
 
+    /// [`Vcpu::prepare`] would find nothing to do.
+    #[inline(always)]
+    fn is_quiet(&self, inner: &Inner<H>) -> bool {
+        inner.quiet && !inner.step_due && self.vectors.is_empty() && self.channel.window() == 0
+    }
+
     /// What must be right before an entry; `Some` if there is to be none.
+    #[inline(never)]
     fn prepare(&self, inner: &mut Inner<H>, current: &Current<'_, H>) -> Option<Next> {
         if core::mem::take(&mut inner.completed) {
             handle::completed(inner, current);
@@ -236,6 +277,9 @@ impl<H: Host> Vcpu<H> {
             return Some(handle::lost(inner, "triple fault"));
         }
         self.set_primary(inner, current, window);
+        // The event that goes in now has left `events`, and a vector does not
+        // come by way of it.
+        inner.quiet = unrestricted && !window && !inner.debug.steps() && !inner.events.is_waiting();
         None
     }
 
@@ -317,5 +361,18 @@ fn can_interrupt<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> boo
         return false;
     }
     let shadows = Interruptibility::STI | Interruptibility::MOV_SS;
-    current.read(field::GUEST_INTERRUPTIBILITY) & shadows.bits() == 0
+    inner.registers.has_no_shadow()
+        || current.read(field::GUEST_INTERRUPTIBILITY) & shadows.bits() == 0
+}
+
+#[cold]
+fn not_entered<H: Host>(
+    inner: &mut Inner<H>,
+    current: &Current<'_, H>,
+    failure: VmxFailure,
+) -> Next {
+    let number = current.read(field::INSTRUCTION_ERROR);
+    log::error!("VM entry: {failure:?}, instruction error {number}");
+    inner.dead = true;
+    Next::Leave(ExitStatus::Unknown)
 }

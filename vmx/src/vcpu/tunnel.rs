@@ -121,6 +121,27 @@ impl<H: Host> Channel<H> {
         }
     }
 
+    /// [`Channel::set_view`] of all 24 bytes.
+    #[inline]
+    pub fn set_view_words(&self, words: [u64; 3]) {
+        let start = offset_of!(Tunnel, view);
+        let [first, second, third] = words;
+        self.set(start, first);
+        self.set(start.wrapping_add(8), second);
+        self.set(start.wrapping_add(16), third);
+    }
+
+    /// Puts the low 1, 2 or 4 bytes of a value at the start of the I/O buffer.
+    #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "the low bytes are meant")]
+    pub fn set_element(&self, value: u64, size: u8) {
+        match size {
+            1 => self.set_record(0, value as u8),
+            2 => self.set_record(0, value as u16),
+            _ => self.set_record(0, value as u32),
+        }
+    }
+
     /// Copies from the I/O buffer; what lies past its 64 bytes stays as it is.
     pub fn read_buffer(&self, offset: usize, into: &mut [u8]) {
         let room = IO_BUFFER_SIZE.saturating_sub(offset);
@@ -159,11 +180,12 @@ impl<H: Host> Channel<H> {
         unsafe { at.cast::<u64>().read_volatile() }
     }
 
-    /// Sets a field of the fast-MMIO record.
+    /// Sets a field of the fast-MMIO record, or the first element.
+    #[inline]
     fn set_record<T: Copy>(&self, offset: usize, value: T) {
         let at = self.buffer.kernel().as_ptr().wrapping_add(offset);
-        // SAFETY: offset_of!(FastMmio, ..) of a T lies in the page and is
-        // aligned for T.
+        // SAFETY: offset_of!(FastMmio, ..) of a T, or 0, lies in the page and
+        // is aligned for T.
         unsafe { at.cast::<T>().write_volatile(value) };
     }
 }

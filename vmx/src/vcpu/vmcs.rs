@@ -46,7 +46,7 @@ impl<'a, H: Host> Current<'a, H> {
     }
 
     /// VMREAD.
-    #[inline]
+    #[inline(always)]
     pub fn read<F: Readable>(&self, field: F) -> <F::Width as Width>::Value {
         let encoding = field.encoding();
         // SAFETY: the loan keeps a VMCS of ours current.
@@ -60,7 +60,7 @@ impl<'a, H: Host> Current<'a, H> {
     }
 
     /// VMWRITE.
-    #[inline]
+    #[inline(always)]
     pub fn write<W: Width>(&self, field: Field<W>, value: W::Value) {
         let encoding = field.encoding();
         // SAFETY: the loan keeps a VMCS of ours current. Host-state fields and

@@ -12,7 +12,7 @@ const XSAVE_BASE_SIZE: u32 = 576;
 const ARAT: u32 = 1 << 2;
 
 /// The virtual processor that executes CPUID.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct View {
     /// Its APIC id.
     pub apic_id: u8,

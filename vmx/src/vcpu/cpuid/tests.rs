@@ -7,7 +7,7 @@ use std::vec::Vec;
 
 use abi::cpuid::CpuidEntry;
 
-use super::{CpuidTable, Feature, KEYS, ROWS, View, place};
+use super::{Answers, CpuidTable, Feature, KEYS, ROWS, View, place};
 use crate::Error;
 use crate::arch::control::Secondary;
 use crate::arch::reg::{Cr4, Efer, Xcr0};
@@ -545,4 +545,45 @@ fn old_models_keep_their_name() {
     };
     let table = CpuidTable::build(nehalem, AVX, Secondary::all(), Cr4::all(), 36);
     assert_eq!(table.lookup(1, 0, &UP).eax, 0x106a5);
+}
+
+#[test]
+fn kept_answers_are_those_of_the_table() {
+    let mut table = table();
+    let mut answers = Answers::default();
+    let osxsave = View {
+        cr4: Cr4::OSXSAVE.bits(),
+        xcr0: 7,
+        ..UP
+    };
+    let leaves = [
+        0,
+        1,
+        4,
+        6,
+        7,
+        0xb,
+        0xd,
+        0x21,
+        0x4000_0000,
+        0x8000_0001,
+        u32::MAX,
+    ];
+    for view in [UP, osxsave, UP] {
+        for leaf in leaves.into_iter().chain(leaves) {
+            for subleaf in [0, 1, 2, 1] {
+                let kept = answers.get(&table, leaf, subleaf, &view);
+                assert_eq!(
+                    kept,
+                    table.lookup(leaf, subleaf, &view),
+                    "{leaf:#x} {subleaf}"
+                );
+            }
+        }
+    }
+    let before = answers.get(&table, 1, 0, &UP);
+    let row = entry(1, 0, result(before.eax, before.ebx, 0, 0));
+    table.set(&[row]).unwrap();
+    answers.forget();
+    assert_ne!(answers.get(&table, 1, 0, &UP), before);
 }

@@ -2,14 +2,14 @@
 //! instruction emulator, which reads and writes guest memory.
 
 use abi::tunnel::{ExitStatus, IoDirection, TunnelIo};
-use zerocopy::IntoBytes;
 
-use super::{Next, Work, advance};
+use super::{Next, Work, advance_here};
 use crate::arch::exit::IoQualification;
 use crate::host::Host;
 use crate::vcpu::vmcs::Current;
 use crate::vcpu::{Inner, Vcpu};
 
+#[inline(always)]
 pub fn handle<H: Host>(
     vcpu: &Vcpu<H>,
     inner: &mut Inner<H>,
@@ -20,26 +20,23 @@ pub fn handle<H: Host>(
         return Next::Work(Work::Emulate);
     }
     let size = access.size();
-    if access.is_in() {
+    let direction = if access.is_in() {
         inner.pending_in = Some(size);
+        IoDirection::In
     } else {
-        let value = inner.registers.get(current, 0).to_le_bytes();
-        let bytes = value.get(..usize::from(size)).unwrap_or_default();
-        vcpu.channel.write_buffer(0, bytes);
-    }
+        let [value, ..] = inner.registers.general.gpr;
+        vcpu.channel.set_element(value, size);
+        IoDirection::Out
+    };
     let view = TunnelIo {
-        direction: if access.is_in() {
-            IoDirection::In as u8
-        } else {
-            IoDirection::Out as u8
-        },
+        direction: direction as u8,
         size: u16::from(size),
         port: access.port(),
         count: 1,
         ..TunnelIo::default()
     };
-    vcpu.channel.set_view(view.as_bytes());
-    advance(inner, current);
+    vcpu.channel.set_view_words(zerocopy::transmute!(view));
+    advance_here(inner, current);
     Next::Leave(ExitStatus::Io)
 }
 

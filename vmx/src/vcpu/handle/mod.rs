@@ -3,8 +3,8 @@
 
 mod control;
 pub mod exception;
-mod io;
-mod system;
+pub mod io;
+pub mod system;
 
 use abi::tunnel::ExitStatus;
 
@@ -57,16 +57,15 @@ pub enum Work {
     },
 }
 
-/// Handles one exit.
+/// Handles one exit, if it is not one of those that `Vcpu::once` handles.
 pub fn dispatch<H: Host>(
     vcpu: &Vcpu<H>,
     inner: &mut Inner<H>,
     current: &Current<'_, H>,
     exit: Exit,
 ) -> Next {
+    inner.quiet = false;
     match exit {
-        Exit::Io(qualification) => io::handle(vcpu, inner, current, qualification),
-        Exit::Cpuid => system::cpuid(vcpu, inner, current),
         Exit::ExternalInterrupt => Next::Leave(ExitStatus::Interrupt),
         Exit::EptViolation { gpa, qualification } => {
             if qualification.nmi_unblocking() && !inner.events.is_waiting() {
@@ -77,11 +76,9 @@ pub fn dispatch<H: Host>(
                 access: Access::from_qualification(qualification.0),
             })
         }
-        Exit::Hlt => system::halt(vcpu, inner, current),
         Exit::InterruptWindow => system::interrupt_window(vcpu, inner),
         Exit::CrAccess(access) => control::register(vcpu, inner, current, access),
         Exit::DrAccess(access) => control::debug_register(vcpu, inner, current, access),
-        Exit::Rdmsr => system::rdmsr(vcpu, inner, current),
         Exit::Wrmsr => system::wrmsr(vcpu, inner, current),
         Exit::Xsetbv => system::xsetbv(vcpu, inner, current),
         Exit::Exception { info } => exception::handle(vcpu, inner, current, info),
@@ -168,6 +165,7 @@ pub fn raise<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, exception: Exception
     if let Some(address) = exception.cr2 {
         inner.cr2 = address;
     }
+    inner.quiet = false;
     inner.events.raise(exception, &vcpu.vectors);
     Next::Resume
 }
@@ -175,36 +173,65 @@ pub fn raise<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, exception: Exception
 /// Moves past the instruction that caused the exit, as completing it would:
 /// the shadow of STI or MOV SS ends, and a trap flag pends its #DB (SDM
 /// 18.3.1.4 "Single-Step Exception Condition", 25.4.2, table 25-4).
+#[inline(never)]
 pub fn advance<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) {
+    advance_here(inner, current);
+}
+
+/// [`advance`], for the handlers of frequent exits: a call less.
+#[inline(always)]
+pub fn advance_here<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) {
     let length = u64::from(current.read(field::EXIT_INSTRUCTION_LENGTH));
     let old = inner.registers.rip(current);
     let mut new = old.wrapping_add(length);
     // Outside 64-bit code RIP has 32 bits.
     if (old ^ new) >> 32 != 0 {
-        let rights = AccessRights::from_bits_retain(current.read(field::GUEST_CS_RIGHTS));
-        if !(inner.modes.is_long_mode() && rights.contains(AccessRights::LONG)) {
-            new &= 0xffff_ffff;
-        }
+        new = wrapped(inner, current, new);
     }
-    inner.registers.set_rip(new);
+    inner.registers.move_rip(current, new);
     completed(inner, current);
 }
 
+/// RIP that went past 4 GB.
+#[cold]
+fn wrapped<H: Host>(inner: &Inner<H>, current: &Current<'_, H>, rip: u64) -> u64 {
+    let rights = AccessRights::from_bits_retain(current.read(field::GUEST_CS_RIGHTS));
+    if inner.modes.is_long_mode() && rights.contains(AccessRights::LONG) {
+        return rip;
+    }
+    rip & 0xffff_ffff
+}
+
 /// What completing an instruction does besides.
+#[inline(always)]
 pub fn completed<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) {
     let blocking = current.read(field::GUEST_INTERRUPTIBILITY);
-    let shadows = (Interruptibility::STI | Interruptibility::MOV_SS).bits();
-    if blocking & shadows != 0 {
-        current.write(field::GUEST_INTERRUPTIBILITY, blocking & !shadows);
+    if blocking & SHADOWS != 0 {
+        end_shadow(current, blocking);
     }
+    inner.registers.set_no_shadow();
     if inner.registers.rflags(current) & Rflags::TF.bits() != 0 {
-        /// Bit 14, BS, of the pending debug exceptions.
-        const BS: u64 = 1 << 14;
-        let pending = current.read(field::GUEST_PENDING_DEBUG);
-        current.write(field::GUEST_PENDING_DEBUG, pending | BS);
+        pend_step(current);
     }
     // The monitor trap flag does not see an instruction that was executed here.
     inner.step_due = inner.debug.steps();
+}
+
+/// What holds interrupts back for one instruction.
+const SHADOWS: u32 = Interruptibility::STI.union(Interruptibility::MOV_SS).bits();
+
+#[cold]
+fn end_shadow<H: Host>(current: &Current<'_, H>, blocking: u32) {
+    current.write(field::GUEST_INTERRUPTIBILITY, blocking & !SHADOWS);
+}
+
+/// The #DB of the trap flag.
+#[cold]
+fn pend_step<H: Host>(current: &Current<'_, H>) {
+    /// Bit 14, BS, of the pending debug exceptions.
+    const BS: u64 = 1 << 14;
+    let pending = current.read(field::GUEST_PENDING_DEBUG);
+    current.write(field::GUEST_PENDING_DEBUG, pending | BS);
 }
 
 /// The IRET that unblocked NMIs is executed again.

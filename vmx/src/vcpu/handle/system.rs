@@ -2,7 +2,7 @@
 
 use abi::tunnel::ExitStatus;
 
-use super::{Next, advance, raise};
+use super::{Next, advance, advance_here, raise};
 use crate::arch::event::Exception;
 use crate::arch::reg::{Cr4, Rflags};
 use crate::host::Host;
@@ -17,6 +17,7 @@ const LOW: u64 = 0xffff_ffff;
     clippy::cast_possible_truncation,
     reason = "EAX and ECX are the low halves"
 )]
+#[inline(always)]
 pub fn cpuid<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {
     let [leaf, subleaf, ..] = inner.registers.general.gpr;
     let view = View {
@@ -33,12 +34,14 @@ pub fn cpuid<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_
         },
         xcr0: inner.extended.xcr0(),
     };
-    let result = inner.cpuid.lookup(leaf as u32, subleaf as u32, &view);
+    let result = inner
+        .answers
+        .get(&inner.cpuid, leaf as u32, subleaf as u32, &view);
     inner.registers.set(0, u64::from(result.eax));
     inner.registers.set(1, u64::from(result.ecx));
     inner.registers.set(2, u64::from(result.edx));
     inner.registers.set(3, u64::from(result.ebx));
-    advance(inner, current);
+    advance_here(inner, current);
     Next::Resume
 }
 
