@@ -65,8 +65,8 @@ void haxm_os_user_put(void *user);
 u32 haxm_os_user_is_current(void *user);
 int haxm_os_user_fault_in(void *user, u64 address, u32 write, u64 *frame,
 			  u32 *writable, u32 *shift);
-int haxm_os_user_compare_exchange(u64 address, u32 size, u64 old, u64 new,
-				  u64 *found);
+int haxm_os_user_compare_exchange(u64 address, u32 size, u64 *old,
+				  const u64 *new);
 int haxm_os_user_watch(void *user, void *listener);
 void haxm_os_user_unwatch(void *user);
 int haxm_os_copy_in(u64 address, void *to, size_t length);

@@ -184,15 +184,14 @@ int haxm_os_user_fault_in(void *handle, u64 address, u32 write, u64 *frame,
 
 /* One function for each size: the kernel's macro makes a label. */
 #define HAXM_EXCHANGE(type)                                                     \
-	static int haxm_exchange_##type(u64 address, type old, type new,        \
-					u64 *found)                             \
+	static int haxm_exchange_##type(u64 address, u64 *old, type new)        \
 	{                                                                       \
-		type seen = old;                                                \
+		type seen = *old;                                               \
                                                                                 \
 		if (__try_cmpxchg_user((type __user *)address, &seen, new,      \
 				       missed) < 0)                             \
 			return -EFAULT;                                         \
-		*found = seen;                                                  \
+		*old = seen;                                                    \
 		return 0;                                                       \
 	}
 
@@ -201,19 +200,43 @@ HAXM_EXCHANGE(u16)
 HAXM_EXCHANGE(u32)
 HAXM_EXCHANGE(u64)
 
-int haxm_os_user_compare_exchange(u64 address, u32 size, u64 old, u64 new, u64 *found)
+/* 16 bytes: the kernel's macro stops at 8. */
+static int haxm_exchange_pair(u64 address, u64 *old, const u64 *new)
 {
-	if ((address & (size - 1)) || !access_ok((void __user *)address, size))
+	int err = 0;
+
+	if (!boot_cpu_has(X86_FEATURE_CX16) || !user_access_begin((void __user *)address, 16))
+		return -EFAULT;
+	asm volatile("1: lock cmpxchg16b %[memory]\n"
+		     "2:\n"
+		     _ASM_EXTABLE_TYPE_REG(1b, 2b, EX_TYPE_EFAULT_REG, %[err])
+		     : [err] "+r" (err), "+a" (old[0]), "+d" (old[1]),
+		       [memory] "+m" (*(unsigned __int128 *)address)
+		     : "b" (new[0]), "c" (new[1])
+		     : "cc");
+	user_access_end();
+	return err;
+}
+
+/*
+ * The operand stays in one cache line: there the processor's LOCK is atomic whatever the
+ * alignment. A lock that crosses into the next would stop the kernel where split locks are detected.
+ */
+int haxm_os_user_compare_exchange(u64 address, u32 size, u64 *old, const u64 *new)
+{
+	if (!access_ok((void __user *)address, size) || (address & 63) + size > 64)
 		return -EFAULT;
 	switch (size) {
 	case 1:
-		return haxm_exchange_u8(address, old, new, found);
+		return haxm_exchange_u8(address, old, *new);
 	case 2:
-		return haxm_exchange_u16(address, old, new, found);
+		return haxm_exchange_u16(address, old, *new);
 	case 4:
-		return haxm_exchange_u32(address, old, new, found);
+		return haxm_exchange_u32(address, old, *new);
 	case 8:
-		return haxm_exchange_u64(address, old, new, found);
+		return haxm_exchange_u64(address, old, *new);
+	case 16:
+		return address & 15 ? -EFAULT : haxm_exchange_pair(address, old, new);
 	default:
 		return -EFAULT;
 	}

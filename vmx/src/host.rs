@@ -192,6 +192,11 @@ pub struct HostFrame {
     pub shift: u32,
 }
 
+/// Bytes of a cache line. A locked access that stays inside one is atomic
+/// whatever its alignment; one that crosses into the next is a split lock, which
+/// processors may refuse (SDM 9.1.2.3 "Features to Disable Bus Locks").
+pub const ATOMIC_LINE: u64 = 64;
+
 /// A process's address space: where guest RAM lives.
 ///
 /// Guest RAM is borrowed, not pinned: [`UserSpace::fault_in`] tells where a page is *now*,
@@ -224,8 +229,9 @@ pub unsafe trait UserSpace: Send + Sync {
     /// [`UserFault::BadAddress`]; part of it may have been written.
     fn write(&self, address: Hva, bytes: &[u8]) -> Result<(), UserFault>;
 
-    /// Atomically replaces `old` by `new` in `size` (1, 2, 4 or 8) naturally
-    /// aligned bytes; returns what was there. May sleep.
+    /// Atomically replaces `old` by `new` in `size` (1, 2, 4 or 8) bytes of one
+    /// [`ATOMIC_LINE`], or in 16 naturally aligned bytes; returns what was
+    /// there. Bytes of `new` above `size` are zero. May sleep.
     ///
     /// # Errors
     /// [`UserFault::BadAddress`].
@@ -233,9 +239,9 @@ pub unsafe trait UserSpace: Send + Sync {
         &self,
         address: Hva,
         size: u8,
-        old: u64,
-        new: u64,
-    ) -> Result<u64, UserFault>;
+        old: u128,
+        new: u128,
+    ) -> Result<u128, UserFault>;
 
     /// Starts reports to `listener`.
     ///

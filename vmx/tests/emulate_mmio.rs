@@ -315,6 +315,40 @@ fn the_value_an_atomic_update_saw_is_the_one_it_reports() {
 }
 
 #[test]
+fn a_lock_inside_a_cache_line_is_atomic_whatever_its_alignment() {
+    for offset in 0..=56 {
+        // lock add [rsi], rax
+        let mut fake = machine(Kind::Ram, Kind::Ram, PAGE + 64 + offset);
+        fake.interference = 2;
+        let (step, _) = fake.run(&insn(&[0xf0, 0x48, 0x01, 0x06]));
+        assert_eq!((step, fake.atomics), (Step::Done, 3), "{offset}");
+    }
+}
+
+/// A lock across two lines, or pages, is left to the processor where that helps.
+#[test]
+fn a_split_lock_is_the_processors() {
+    for at in [PAGE + 61, NEXT - 2] {
+        let mut fake = machine(Kind::Ram, Kind::Ram, at);
+        fake.poke(at, &5u32.to_le_bytes());
+        fake.gpr[0] = 2;
+        fake.split_locks = 1;
+        fake.pause = true;
+        let code = insn(&[0xf0, 0x01, 0x06]);
+        assert_eq!(fake.run(&code), (Step::Again, Vec::new()));
+        assert_eq!(fake.peek(at, 4), [5, 0, 0, 0], "nothing was written");
+        assert_eq!(fake.run(&code), (Step::Done, Vec::new()));
+        assert_eq!(fake.peek(at, 4), [7, 0, 0, 0]);
+        assert_eq!(fake.atomics, 0);
+        // Without LOCK the processor is not asked.
+        fake.split_locks = 1;
+        fake.rip = 0x1000;
+        assert_eq!(fake.run(&insn(&[0x01, 0x06])).0, Step::Done);
+        assert_eq!(fake.split_locks, 1);
+    }
+}
+
+#[test]
 fn endless_contention_ends_the_call() {
     let mut fake = machine(Kind::Ram, Kind::Ram, PAGE);
     fake.interference = u32::MAX;

@@ -566,7 +566,15 @@ fn compare_exchange_is_checked_and_exact() {
     let mut bytes = [0; 8];
     space.read(Gpa(8), &mut bytes).unwrap();
     assert_eq!(u64::from_le_bytes(bytes), 0x1122_3344_aabb_ccdd);
-    for (gpa, size) in [(9, 8), (8, 3), (8, 0), (8, 16)] {
+    // Unaligned inside a cache line, and 16 aligned bytes.
+    let found = space.compare_exchange(Gpa(9), 4, 0x22aa_bbcc, 1);
+    assert_eq!(found, Ok(0x44aa_bbcc));
+    let found = space.compare_exchange(Gpa(9), 4, 0x44aa_bbcc, 0x0102_0304);
+    assert_eq!(found, Ok(0x44aa_bbcc));
+    let (old, new) = (0x1122_3301_0203_04dd_u128 << 64, 7 << 64 | 9);
+    assert_eq!(space.compare_exchange(Gpa(0), 16, old, new), Ok(old));
+    assert_eq!(space.compare_exchange(Gpa(0), 16, 0, 0), Ok(new));
+    for (gpa, size) in [(61, 4), (8, 3), (8, 0), (8, 16), (0xfff, 2)] {
         let result = space.compare_exchange(Gpa(gpa), size, 0, 0);
         assert_eq!(result, Err(AccessError::Host(Error::Invalid)));
     }

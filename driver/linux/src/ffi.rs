@@ -57,9 +57,8 @@ unsafe extern "C" {
     pub(crate) fn haxm_os_user_compare_exchange(
         address: u64,
         size: u32,
-        old: u64,
-        new: u64,
-        found: *mut u64,
+        old: *mut u64,
+        new: *const u64,
     ) -> c_int;
     pub(crate) fn haxm_os_user_watch(user: *mut c_void, listener: *mut c_void) -> c_int;
     pub(crate) fn haxm_os_user_unwatch(user: *mut c_void);

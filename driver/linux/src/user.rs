@@ -123,19 +123,22 @@ unsafe impl UserSpace for Process {
         &self,
         address: Hva,
         size: u8,
-        old: u64,
-        new: u64,
-    ) -> Result<u64, UserFault> {
+        old: u128,
+        new: u128,
+    ) -> Result<u128, UserFault> {
         if !self.is_current() {
             return Err(UserFault::BadAddress);
         }
-        let mut found = 0;
+        let halves = |value: u128| [value as u64, (value >> 64) as u64];
+        let (mut found, new) = (halves(old), halves(new));
         let size = u32::from(size);
-        // SAFETY: the C half checks address and size; the result is our local.
+        // SAFETY: the C half checks address and size, reads two words of each
+        // array and writes the first; both are our locals.
         outcome(unsafe {
-            ffi::haxm_os_user_compare_exchange(address.0, size, old, new, &raw mut found)
+            ffi::haxm_os_user_compare_exchange(address.0, size, found.as_mut_ptr(), new.as_ptr())
         })?;
-        Ok(found)
+        let [low, high] = found;
+        Ok(u128::from(high) << 64 | u128::from(low))
     }
 
     unsafe fn watch(&self, listener: Listener) -> Result<(), NoMemory> {

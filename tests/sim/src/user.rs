@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use vmx::arch::addr::{Hva, Pfn};
 use vmx::fallible::NoMemory;
-use vmx::host::{HostFrame, Invalidate, UserFault, UserSpace};
+use vmx::host::{ATOMIC_LINE, HostFrame, Invalidate, UserFault, UserSpace};
 
 use crate::cores::thread;
 use crate::fault;
@@ -611,27 +611,28 @@ unsafe impl UserSpace for SimUserSpace {
         &self,
         address: Hva,
         size: u8,
-        old: u64,
-        new: u64,
-    ) -> Result<u64, UserFault> {
+        old: u128,
+        new: u128,
+    ) -> Result<u128, UserFault> {
         let _inside = fault::inside();
         self.of_caller("compare_exchange of user memory");
-        assert!(matches!(size, 1 | 2 | 4 | 8), "size of compare_exchange");
-        assert!(
-            address.is_aligned(u64::from(size)),
-            "alignment of compare_exchange"
-        );
+        let in_line = address.0 % ATOMIC_LINE + u64::from(size) <= ATOMIC_LINE;
+        match size {
+            1 | 2 | 4 | 8 => assert!(in_line, "split lock in compare_exchange"),
+            16 => assert!(address.is_aligned(16), "alignment of compare_exchange"),
+            _ => panic!("size of compare_exchange"),
+        }
         let frame = self.process.resolve(address.0, true)?;
         let inner = self.process.machine();
         let at = frame.frame.0 << 12 | address.page_offset();
         // The machine's lock makes it atomic among processors of this machine.
         let state = inner.state();
-        let mut bytes = [0; 8];
+        let mut bytes = [0; 16];
         let length = usize::from(size);
         if !state.memory.read(at, &mut bytes[..length]) {
             return Err(UserFault::BadAddress);
         }
-        let was = u64::from_le_bytes(bytes);
+        let was = u128::from_le_bytes(bytes);
         if was == old {
             state.memory.write(at, &new.to_le_bytes()[..length]);
         }

@@ -271,11 +271,20 @@ pub trait Machine {
     fn write_ram(&mut self, gpa: u64, from: &[u8]) -> Result<(), Fault>;
     /// Atomically replaces `len` bytes (1, 2, 4, 8 or 16) at `gpa` by `new` if
     /// they equal `old`. Returns whether they did. The range as for
-    /// [`Machine::write_ram`]; it may be unaligned, but not page-crossing.
+    /// [`Machine::write_ram`]; it lies in one cache line of 64 bytes, and 16 bytes
+    /// are aligned.
     ///
     /// # Errors
     /// [`Fault::Blocked`].
     fn compare_exchange(&mut self, gpa: u64, len: u8, old: u128, new: u128) -> Result<bool, Fault>;
+
+    /// A locked instruction updates RAM on both sides of the border of a cache
+    /// line. Can the processor try it itself? Then `execute` returns
+    /// [`super::Step::Again`]. After a no it updates the RAM like an instruction
+    /// without LOCK.
+    fn retry_split_lock(&mut self) -> bool {
+        false
+    }
 
     /// Copies from the port buffer what user space read from the port.
     /// `offset + into.len()` is at most [`PORT_BUFFER_LEN`]. Elements lie in the

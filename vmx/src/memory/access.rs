@@ -9,7 +9,7 @@
 
 use crate::Error;
 use crate::arch::addr::{Gpa, Hva};
-use crate::host::{Host, UserSpace};
+use crate::host::{ATOMIC_LINE, Host, UserSpace};
 use crate::sync::Guard;
 
 use super::protect::group;
@@ -58,9 +58,10 @@ impl<H: Host> AddressSpace<H> {
             })
     }
 
-    /// Atomically replaces `old` by `new` in `size` (1, 2, 4 or 8) naturally
-    /// aligned bytes of guest memory; returns what was there. May sleep; on a
-    /// thread of the owner's process.
+    /// Atomically replaces `old` by `new` in `size` (1, 2, 4 or 8) bytes of guest
+    /// memory that lie in one [`ATOMIC_LINE`], or in 16 naturally aligned bytes;
+    /// returns what was there. Atomic towards the other vCPUs, the client and
+    /// whoever else maps the memory. May sleep; on a thread of the owner's process.
     ///
     /// # Errors
     /// [`AccessError`]; nothing was written.
@@ -68,15 +69,21 @@ impl<H: Host> AddressSpace<H> {
         &self,
         gpa: Gpa,
         size: u8,
-        old: u64,
-        new: u64,
-    ) -> Result<u64, AccessError> {
-        if !matches!(size, 1 | 2 | 4 | 8) || !gpa.is_aligned(u64::from(size)) {
+        old: u128,
+        new: u128,
+    ) -> Result<u128, AccessError> {
+        let last = gpa.0.wrapping_add(u64::from(size).wrapping_sub(1));
+        let fits = match size {
+            1 | 2 | 4 | 8 => gpa.0 / ATOMIC_LINE == last / ATOMIC_LINE,
+            16 => gpa.is_aligned(16),
+            _ => false,
+        };
+        if !fits {
             return Err(AccessError::Host(Error::Invalid));
         }
         let _lane = self.inner.lane();
         let mut found = 0;
-        // Aligned, so within one page: one piece.
+        // In one line, so within one page: one piece.
         self.inner
             .pieces(gpa, usize::from(size), true, &mut |hva, _, _| {
                 found = self.inner.user.compare_exchange(hva, size, old, new)?;

@@ -123,7 +123,8 @@ impl<H: Host> TableMemory for AddressSpace<H> {
     }
 
     fn exchange(&self, gpa: Gpa, size: u8, old: u64, new: u64) -> Result<u64, AccessError> {
-        self.compare_exchange(gpa, size, old, new)
+        let found = self.compare_exchange(gpa, size, old.into(), new.into())?;
+        Ok(found as u64)
     }
 }
 

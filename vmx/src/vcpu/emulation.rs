@@ -31,6 +31,8 @@ use crate::memory::{self, AccessError};
 pub struct Emulation {
     insn: Option<Insn>,
     log: MmioLog,
+    /// RIP of a split lock that was left to the processor.
+    split_lock: Option<u64>,
     /// What the VMCS held when the instruction began. Nothing but a request of
     /// the client's can change it before the guest runs again.
     snapshot: Option<Snapshot>,
@@ -43,6 +45,7 @@ impl Emulation {
         try_box(Self {
             insn: None,
             log: MmioLog::new(),
+            split_lock: None,
             snapshot: None,
         })
     }
@@ -162,6 +165,7 @@ struct Virtual<'a, H: Host> {
     registers: &'a mut Registers,
     extended: &'a mut Extended<H>,
     snapshot: &'a Snapshot,
+    split_lock: &'a mut Option<u64>,
     blocked: Cell<Option<Blocked>>,
 }
 
@@ -380,31 +384,21 @@ impl<H: Host> Machine for Virtual<'_, H> {
         result.map_err(|error| self.refused(error, true))
     }
 
-    #[expect(clippy::cast_possible_truncation, reason = "at most 8 bytes")]
     fn compare_exchange(&mut self, gpa: u64, len: u8, old: u128, new: u128) -> Result<bool, Fault> {
         let memory = self.vcpu.guest().memory();
-        if len <= 8 && Gpa(gpa).is_aligned(u64::from(len)) {
-            let found = memory
-                .compare_exchange(Gpa(gpa), len, old as u64, new as u64)
-                .map_err(|error| self.refused(error, true))?;
-            return Ok(u128::from(found) == old);
-        }
-        // Unaligned, or 16 bytes: not one access towards other vCPUs. Such an
-        // operand reaches the emulator only beside device memory.
-        let mut bytes = [0; 16];
-        let found = bytes.get_mut(..usize::from(len)).unwrap_or_default();
-        memory
-            .read(Gpa(gpa), found)
-            .map_err(|error| self.refused(error, true))?;
-        if u128::from_le_bytes(bytes) != old {
-            return Ok(false);
-        }
-        let bytes = new.to_le_bytes();
-        let stored = bytes.get(..usize::from(len)).unwrap_or_default();
-        memory
-            .write(Gpa(gpa), stored)
-            .map_err(|error| self.refused(error, true))?;
-        Ok(true)
+        let found = memory.compare_exchange(Gpa(gpa), len, old, new);
+        found
+            .map(|found| found == old)
+            .map_err(|error| self.refused(error, true))
+    }
+
+    /// RAM brings an instruction here when the map changed since its exit: the
+    /// processor does it now. If it comes back, its page tables are what exits.
+    fn retry_split_lock(&mut self) -> bool {
+        let rip = Some(self.registers.known_rip());
+        let tried = *self.split_lock == rip;
+        *self.split_lock = if tried { None } else { rip };
+        !tried
     }
 
     fn read_port_buffer(&mut self, offset: usize, into: &mut [u8]) {
@@ -441,6 +435,7 @@ impl<H: Host> Vcpu<H> {
             registers: &mut inner.registers,
             extended: &mut inner.extended,
             snapshot,
+            split_lock: &mut emulation.split_lock,
             blocked: Cell::new(None),
         };
         let insn = match known {

@@ -98,6 +98,8 @@ pub struct Fake {
     /// times.
     pub interference: u32,
     pub atomics: u32,
+    /// Split locks that the processor takes over.
+    pub split_locks: u32,
     pub pause: bool,
     pub blocked_page: Option<u64>,
     /// What the emulator said it touches: address, length, write.
@@ -138,6 +140,7 @@ impl Fake {
             port_buffer: [0; PORT_BUFFER_LEN],
             interference: 0,
             atomics: 0,
+            split_locks: 0,
             pause: false,
             blocked_page: None,
             noted: Vec::new(),
@@ -339,6 +342,8 @@ impl Machine for Fake {
         self.atomics += 1;
         let len = usize::from(len);
         assert!(matches!(len, 1 | 2 | 4 | 8 | 16));
+        assert!(gpa as usize % 64 + len <= 64, "split lock");
+        assert!(len < 16 || gpa % 16 == 0, "unaligned pair");
         let bytes = self.bytes_of(gpa, len, true);
         if *bytes != old.to_le_bytes()[..len] {
             return Ok(false);
@@ -346,6 +351,11 @@ impl Machine for Fake {
         assert!(new.to_le_bytes()[len..].iter().all(|byte| *byte == 0));
         bytes.copy_from_slice(&new.to_le_bytes()[..len]);
         Ok(true)
+    }
+    fn retry_split_lock(&mut self) -> bool {
+        let taken = self.split_locks > 0;
+        self.split_locks = self.split_locks.saturating_sub(1);
+        taken
     }
     fn read_port_buffer(&mut self, offset: usize, into: &mut [u8]) {
         into.copy_from_slice(&self.port_buffer[offset..offset + into.len()]);

@@ -524,18 +524,18 @@ unsafe impl UserSpace for FakeProcess {
         &self,
         address: Hva,
         size: u8,
-        old: u64,
-        new: u64,
-    ) -> Result<u64, UserFault> {
+        old: u128,
+        new: u128,
+    ) -> Result<u128, UserFault> {
         let size = usize::from(size);
-        let mut found = [0; 8];
+        let mut found = [0; 16];
         self.pieces(address, size, true, &mut |page, _| {
             found[..size].copy_from_slice(page);
             if page == &old.to_le_bytes()[..size] {
                 page.copy_from_slice(&new.to_le_bytes()[..size]);
             }
         })?;
-        Ok(u64::from_le_bytes(found))
+        Ok(u128::from_le_bytes(found))
     }
 
     unsafe fn watch(&self, listener: NonNull<dyn Invalidate>) -> Result<(), NoMemory> {

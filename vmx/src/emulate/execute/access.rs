@@ -18,6 +18,9 @@ pub(super) enum Intent {
     Modify,
 }
 
+/// Bytes within which the host updates memory atomically: a cache line.
+const ATOMIC_LINE: u64 = 64;
+
 /// Bytes in one page.
 #[derive(Clone, Copy, Debug)]
 struct Part {
@@ -50,12 +53,12 @@ impl Span {
         })
     }
 
-    /// The guest-physical address, if all of it is RAM in one page for reading
-    /// and writing: the case that can be updated atomically.
-    fn atomic_gpa(&self) -> Option<u64> {
-        let [first, second] = self.parts;
-        let ram = first.read == Backing::Ram && first.write == Backing::Ram;
-        (ram && second.len == 0).then_some(first.gpa)
+    /// The guest-physical address, if all of it lies in one cache line, as every
+    /// aligned operand does: the case that can be updated atomically.
+    fn line_gpa(&self) -> Option<u64> {
+        let [first, _] = self.parts;
+        let room = ATOMIC_LINE.wrapping_sub(first.gpa & ATOMIC_LINE.wrapping_sub(1));
+        (u64::from(self.len) <= room).then_some(first.gpa)
     }
 }
 
@@ -257,9 +260,10 @@ impl<M: Machine> Run<'_, M> {
 
     /// Replaces a resolved operand by what `change` makes of its old value, and
     /// returns what else `change` found out. With `atomic` RAM is updated by
-    /// compare-and-exchange, so `change` may run more than once. An update that
-    /// crosses a page, or touches MMIO, is a read and a write: no device or
-    /// second page can be part of an atomic access of ours.
+    /// compare-and-exchange, so `change` may run more than once. RAM that crosses a
+    /// cache line is the processor's to update, if the machine can have it try
+    /// again. What is left is a read and a write: no device can be part of an
+    /// atomic access of ours.
     pub(super) fn modify<T>(
         &mut self,
         place: &Place,
@@ -271,7 +275,11 @@ impl<M: Machine> Run<'_, M> {
             self.put(place, new as u64)?;
             return Ok(found);
         };
-        let (true, Some(gpa)) = (atomic, span.atomic_gpa()) else {
+        let atomic = atomic && span.is_ram(false) && span.is_ram(true);
+        let (true, Some(gpa)) = (atomic, span.line_gpa()) else {
+            if atomic && self.machine.retry_split_lock() {
+                return Err(Step::Again);
+            }
             let (new, found) = change(self.load(span)?);
             self.store(span, new)?;
             return Ok(found);
