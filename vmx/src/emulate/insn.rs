@@ -29,8 +29,23 @@ pub struct Prefixes {
     pub segment: Option<Seg>,
     /// The REX prefix, 0 if there is none.
     pub rex: u8,
-    /// The instruction has a VEX prefix.
+    /// The instruction has a VEX or EVEX prefix.
     pub vex: bool,
+    /// It is an EVEX prefix.
+    pub evex: bool,
+}
+
+/// Which elements of a vector an instruction moves: SDM 1 15.6.1 "Opmask
+/// Register to Predicate Vector Data Processing". [`Op::VecMasked`] chooses by its
+/// second operand, and only `element` counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mask {
+    /// The opmask register, 1 to 7; 0 for [`Op::VecMasked`].
+    pub register: u8,
+    /// Elements that are not moved become zero rather than stay.
+    pub zeroing: bool,
+    /// Bytes of an element: 1, 2, 4 or 8.
+    pub element: u8,
 }
 
 /// A memory operand.
@@ -70,11 +85,13 @@ pub enum Operand {
     Seg(Seg),
     /// The low `size` bytes of a vector register.
     Vector {
-        /// 0 to 15.
+        /// 0 to 31.
         index: u8,
-        /// Bytes: 4, 8, 16 or 32.
+        /// Bytes: 4, 8, 16, 32 or 64.
         size: u8,
     },
+    /// An MMX register, 0 to 7.
+    Mmx(u8),
     /// Memory.
     Mem(Mem),
     /// An immediate, already extended to 64 bits as the instruction defines.
@@ -92,7 +109,7 @@ impl Operand {
             Self::HighByte(_) => 1,
             Self::Seg(_) => 2,
             Self::Mem(mem) => mem.size,
-            Self::Imm(_) => 8,
+            Self::Imm(_) | Self::Mmx(_) => 8,
         }
     }
 }
@@ -177,13 +194,32 @@ pub enum Op {
     /// POPA and POPAD.
     Popa,
     Pushf,
+    Popf,
+    Enter,
     Leave,
+    Bound,
     /// CALL, near; relative or through a register or memory.
     Call,
     /// JMP, near, through a register or memory.
     Jmp,
     /// RET, near.
     Ret,
+    /// CALL, far.
+    CallFar,
+    /// JMP, far.
+    JmpFar,
+    /// RET, far.
+    RetFar,
+    Iret,
+    /// LES, LDS, LSS, LFS, LGS.
+    LoadFar(Seg),
+    Sgdt,
+    Sidt,
+    Lgdt,
+    Lidt,
+    Sldt,
+    Str,
+    Smsw,
     Xlat,
     Movs,
     Cmps,
@@ -194,8 +230,10 @@ pub enum Op {
     Outs,
     /// A hint that accesses nothing: NOP r/m, PREFETCH, CLFLUSH and the like.
     Hint,
+    /// MMX moves: MOVD, MOVQ, MOVNTQ.
+    MmxMove,
     /// Whole-register vector move, no alignment asked: MOVUPS, MOVUPD, MOVDQU,
-    /// LDDQU.
+    /// LDDQU; with EVEX, VMOVDQU8 to VMOVDQU64.
     VecMove,
     /// Whole-register vector move that must be aligned: MOVAPS, MOVAPD, MOVDQA,
     /// MOVNTPS, MOVNTPD, MOVNTDQ, MOVNTDQA.
@@ -217,6 +255,11 @@ pub enum Op {
     VecInsertHalf,
     /// A half of 256 bits stored: VEXTRACTF128, VEXTRACTI128.
     VecExtractHalf,
+    /// Elements chosen by the sign bits of a register: VMASKMOVPS, VMASKMOVPD,
+    /// VPMASKMOVD, VPMASKMOVQ.
+    VecMasked,
+    /// Bytes chosen by a register and stored at rDI: MASKMOVDQU, MASKMOVQ.
+    VecMaskedBytes,
 }
 
 impl Op {
@@ -269,6 +312,8 @@ pub struct Insn {
     pub operand_size: u8,
     /// The effective address size in bytes: 2, 4 or 8.
     pub address_size: u8,
+    /// Which elements a vector move touches; all of them without.
+    pub mask: Option<Mask>,
     /// Length in bytes, 1 to 15.
     pub len: u8,
     /// The size of code it was decoded for.
@@ -282,6 +327,27 @@ impl Insn {
     #[must_use]
     pub fn operand(&self, n: usize) -> Operand {
         self.operands.get(n).copied().unwrap_or(Operand::None)
+    }
+
+    /// It may need the descriptor tables: [`super::Machine::table`].
+    #[must_use]
+    pub fn uses_tables(&self) -> bool {
+        let segment = matches!(self.operand(0), Operand::Seg(_));
+        let system = matches!(
+            self.op,
+            Op::CallFar
+                | Op::JmpFar
+                | Op::RetFar
+                | Op::Iret
+                | Op::LoadFar(_)
+                | Op::Sgdt
+                | Op::Sidt
+                | Op::Lgdt
+                | Op::Lidt
+                | Op::Sldt
+                | Op::Str
+        );
+        system || segment && matches!(self.op, Op::Mov | Op::Pop)
     }
 
     /// The first memory operand, if any.

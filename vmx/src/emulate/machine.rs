@@ -106,6 +106,31 @@ pub struct SegmentState {
     pub access: u32,
 }
 
+/// What a descriptor-table register or a system segment register names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    /// GDTR.
+    Gdt,
+    /// LDTR.
+    Ldt,
+    /// IDTR.
+    Idt,
+    /// TR.
+    Task,
+}
+
+/// A change in what interrupts may come: SDM 3C 25.4.2 "Guest Non-Register State".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blocking {
+    /// SS was loaded: none until the next instruction is done.
+    MovSs,
+    /// IRET: NMIs are no longer blocked.
+    NmiEnds,
+}
+
+/// The bits of a vector register.
+pub type VectorBytes = [u8; 64];
+
 /// The size of code the processor is running: CS.L and CS.D.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -149,6 +174,10 @@ pub struct Exception {
 impl Exception {
     /// #DE, divide error.
     pub const DIVIDE: Self = Self::plain(0);
+    /// #BR, BOUND range exceeded.
+    pub const BOUND: Self = Self::plain(5);
+    /// #MF, x87 floating-point error.
+    pub const FLOATING_POINT: Self = Self::plain(16);
     /// #UD, invalid opcode.
     pub const INVALID_OPCODE: Self = Self::plain(6);
     /// #NM, device not available.
@@ -233,14 +262,33 @@ pub trait Machine {
     fn wide_linear(&self) -> bool;
     /// A segment register.
     fn segment(&self, seg: Seg) -> SegmentState;
+    /// Sets a segment register; every check has been made. CS and SS keep the
+    /// privilege level.
+    fn set_segment(&mut self, seg: Seg, state: SegmentState);
+    /// A descriptor table. Asked for only if [`super::Insn::uses_tables`].
+    fn table(&self, table: Table) -> SegmentState;
+    /// Sets GDTR or IDTR.
+    fn set_table(&mut self, table: Table, base: u64, limit: u16);
+    /// IA32_EFER.LMA.
+    fn long_mode(&self) -> bool;
+    /// Told when the instruction changes what interrupts may come.
+    fn set_blocking(&mut self, blocking: Blocking);
 
-    /// The low 256 bits of vector register `index` (0 to 15).
-    fn vector(&self, index: u8) -> [u8; 32];
-    /// Sets the low 256 bits of vector register `index`. With `clear_above`
-    /// the bits above 255 become zero (an instruction with a VEX prefix: SDM 1
-    /// 14.1.3); without it they stay, as do bits 255:128 because the
-    /// emulator passes them through.
-    fn set_vector(&mut self, index: u8, value: [u8; 32], clear_above: bool);
+    /// Vector register `index` (0 to 31); bits the processor lacks are zero.
+    fn vector(&self, index: u8) -> VectorBytes;
+    /// Sets vector register `index`, all of it. Bits the processor lacks are
+    /// ignored.
+    fn set_vector(&mut self, index: u8, value: &VectorBytes);
+    /// Opmask register `index` (0 to 7).
+    fn opmask(&self, index: u8) -> u64;
+    /// MMX register `index` (0 to 7).
+    fn mmx(&self, index: u8) -> u64;
+    /// An MMX instruction is done: the x87 stack is one of MMX registers now
+    /// (SDM 1 9.5.1 "MMX Instructions and the x87 FPU Tag Word"), and `write`
+    /// tells which register it set.
+    fn end_mmx(&mut self, write: Option<(u8, u64)>);
+    /// An x87 exception waits (the status word's ES bit).
+    fn x87_error(&self) -> bool;
 
     /// Translates a linear address through the guest's page tables, setting
     /// accessed and dirty bits. Returns the guest-physical address, or the #PF

@@ -1,10 +1,9 @@
 //! The record of what user space has already done for the instruction in
 //! flight: the memory of the restart by replay.
 
-/// Most accesses one instruction (or one iteration) makes: POPA from a stack
-/// in MMIO with one page-crossing element, or MOVS of 8 bytes that crosses a
-/// page on both sides.
-const CAPACITY: usize = 16;
+/// Most accesses one instruction (or one iteration) makes: every second byte of
+/// 64, stored under a mask.
+const CAPACITY: usize = 32;
 
 /// The kinds of request that leave for user space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +53,7 @@ pub(super) enum Recall {
 /// The accesses of the instruction in flight that user space has served.
 ///
 /// Lives in the vCPU beside the [`super::Insn`] it belongs to. Empty between
-/// instructions. About 400 bytes.
+/// instructions. About 800 bytes.
 #[derive(Clone, Debug)]
 pub struct MmioLog {
     entries: [Entry; CAPACITY],

@@ -57,9 +57,10 @@ mod mmio;
 
 pub use decode::{DecodeError, MAX_INSN_LEN, decode};
 pub use execute::{MAX_ITERATIONS, execute};
-pub use insn::{Insn, Mem, Op, Operand, Prefixes, Repeat};
+pub use insn::{Insn, Mask, Mem, Op, Operand, Prefixes, Repeat};
 pub use machine::{
-    Access, Backing, Exception, Fault, Gpr, Machine, Mode, PORT_BUFFER_LEN, Seg, SegmentState,
+    Access, Backing, Blocking, Exception, Fault, Gpr, Machine, Mode, PORT_BUFFER_LEN, Seg,
+    SegmentState, Table, VectorBytes,
 };
 pub use mmio::MmioLog;
 

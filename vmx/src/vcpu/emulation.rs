@@ -9,18 +9,18 @@ use zerocopy::IntoBytes;
 use super::extended::Extended;
 use super::handle::{self, Next, Work};
 use super::registers::Registers;
-use super::state::{self, SegmentFields};
+use super::reload::{self, Reload, SEGMENTS, Tables};
 use super::vmcs::Current;
 use super::{Inner, Vcpu};
 use crate::Error;
 use crate::arch::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::arch::event::{Exception, PageFault, vector};
 use crate::arch::field;
-use crate::arch::reg::{Cr0, Cr4, Rflags};
+use crate::arch::reg::{Cr0, Cr4, Efer, Rflags};
 use crate::arch::segment::AccessRights;
 use crate::emulate::{
-    self, Access, Backing, DecodeError, Fault, Gpr, Insn, MAX_INSN_LEN, Machine, MmioLog, Mode,
-    Seg, SegmentState, Step,
+    self, Access, Backing, Blocking, DecodeError, Fault, Gpr, Insn, MAX_INSN_LEN, Machine, MmioLog,
+    Mode, Seg, SegmentState, Step, Table, VectorBytes,
 };
 use crate::fallible::{NoMemory, try_box};
 use crate::host::Host;
@@ -33,6 +33,8 @@ pub struct Emulation {
     log: MmioLog,
     /// RIP of a split lock that was left to the processor.
     split_lock: Option<u64>,
+    /// How many instructions were not emulated.
+    unsupported: u32,
     /// What the VMCS held when the instruction began. Nothing but a request of
     /// the client's can change it before the guest runs again.
     snapshot: Option<Snapshot>,
@@ -46,6 +48,7 @@ impl Emulation {
             insn: None,
             log: MmioLog::new(),
             split_lock: None,
+            unsupported: 0,
             snapshot: None,
         })
     }
@@ -87,16 +90,9 @@ struct Snapshot {
     paging: Paging,
     mode: Mode,
     segments: [SegmentState; 6],
+    /// For the few instructions that need them.
+    tables: Option<Tables>,
 }
-
-const SEGMENTS: [SegmentFields; 6] = [
-    state::ES,
-    state::CS,
-    state::SS,
-    state::DS,
-    state::FS,
-    state::GS,
-];
 
 impl Snapshot {
     fn read<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> Self {
@@ -105,13 +101,7 @@ impl Snapshot {
         let cr4 = inner.modes.cr4(current);
         let mut segments = [SegmentState::default(); 6];
         for (slot, fields) in segments.iter_mut().zip(SEGMENTS) {
-            let value = fields.read(current);
-            *slot = SegmentState {
-                selector: value.selector,
-                base: value.base,
-                limit: value.limit,
-                access: value.ar,
-            };
+            *slot = reload::read(fields, current);
         }
         let rights = |seg: Seg| {
             let access = segments.get(seg.number()).map_or(0, |s| s.access);
@@ -155,6 +145,7 @@ impl Snapshot {
             },
             mode,
             segments,
+            tables: None,
         }
     }
 }
@@ -166,6 +157,9 @@ struct Virtual<'a, H: Host> {
     extended: &'a mut Extended<H>,
     snapshot: &'a Snapshot,
     split_lock: &'a mut Option<u64>,
+    /// How many instructions were not emulated.
+    unsupported: &'a mut u32,
+    reload: Reload,
     blocked: Cell<Option<Blocked>>,
 }
 
@@ -249,7 +243,24 @@ impl<H: Host> Virtual<'_, H> {
         Ok(have)
     }
 
-    fn decode(&self) -> Result<Insn, Fault> {
+    /// Counts and logs an instruction that is not emulated: the first ones, then
+    /// ever fewer, because a guest can repeat them.
+    fn tell_unsupported(&mut self) {
+        *self.unsupported = self.unsupported.saturating_add(1);
+        let count = *self.unsupported;
+        if count > 16 && !count.is_power_of_two() {
+            return;
+        }
+        let mut bytes = [0; MAX_INSN_LEN];
+        let have = self.fetch(&mut bytes, 1).unwrap_or(0);
+        let known = bytes.get(..have).unwrap_or_default();
+        let (rip, mode) = (self.registers.known_rip(), self.snapshot.mode);
+        log::warn!(
+            "instruction not emulated: {known:02x?} at {rip:#x}, {mode:?}; {count} on this vCPU"
+        );
+    }
+
+    fn decode(&mut self) -> Result<Insn, Fault> {
         let mut bytes = [0; MAX_INSN_LEN];
         let mut have = self.fetch(&mut bytes, 1)?;
         loop {
@@ -266,7 +277,7 @@ impl<H: Host> Virtual<'_, H> {
                     return Err(Fault::Exception(emulate::Exception::PROTECTION));
                 }
                 DecodeError::Unsupported => {
-                    log::warn!("instruction not emulated: {known:02x?}");
+                    self.tell_unsupported();
                     return Err(Fault::Exception(emulate::Exception::INVALID_OPCODE));
                 }
             }
@@ -345,12 +356,49 @@ impl<H: Host> Machine for Virtual<'_, H> {
             .unwrap_or_default()
     }
 
-    fn vector(&self, index: u8) -> [u8; 32] {
+    fn set_segment(&mut self, seg: Seg, state: SegmentState) {
+        self.reload.set_segment(seg, state);
+    }
+
+    fn table(&self, table: Table) -> SegmentState {
+        let tables = self.snapshot.tables.unwrap_or_default();
+        tables.get(table as usize).copied().unwrap_or_default()
+    }
+
+    fn set_table(&mut self, table: Table, base: u64, limit: u16) {
+        self.reload.set_table(table, base, limit);
+    }
+
+    fn long_mode(&self) -> bool {
+        self.snapshot.paging.efer & Efer::LMA.bits() != 0
+    }
+
+    fn set_blocking(&mut self, blocking: Blocking) {
+        self.reload.set_blocking(blocking);
+    }
+
+    fn vector(&self, index: u8) -> VectorBytes {
         self.extended.vector(index)
     }
 
-    fn set_vector(&mut self, index: u8, value: [u8; 32], clear_above: bool) {
-        self.extended.set_vector(index, &value, clear_above);
+    fn set_vector(&mut self, index: u8, value: &VectorBytes) {
+        self.extended.set_vector(index, value);
+    }
+
+    fn opmask(&self, index: u8) -> u64 {
+        self.extended.opmask(index)
+    }
+
+    fn mmx(&self, index: u8) -> u64 {
+        self.extended.mmx(index)
+    }
+
+    fn end_mmx(&mut self, write: Option<(u8, u64)>) {
+        self.extended.end_mmx(write);
+    }
+
+    fn x87_error(&self) -> bool {
+        self.extended.x87_error()
     }
 
     fn translate(&mut self, linear: u64, access: Access) -> Result<u64, Fault> {
@@ -436,6 +484,8 @@ impl<H: Host> Vcpu<H> {
             extended: &mut inner.extended,
             snapshot,
             split_lock: &mut emulation.split_lock,
+            unsupported: &mut emulation.unsupported,
+            reload: Reload::default(),
             blocked: Cell::new(None),
         };
         let insn = match known {
@@ -444,15 +494,35 @@ impl<H: Host> Vcpu<H> {
         };
         let step = match insn {
             Ok(insn) => {
-                let step = emulate::execute(&insn, &mut machine, &mut emulation.log);
                 emulation.insn = Some(insn);
-                step
+                if insn.uses_tables() && snapshot.tables.is_none() {
+                    return self.with_tables(inner);
+                }
+                emulate::execute(&insn, &mut machine, &mut emulation.log)
             }
             Err(Fault::Exception(exception)) => Step::Fault(exception),
             Err(Fault::Blocked) => Step::Blocked,
         };
+        if step == Step::Unsupported {
+            machine.tell_unsupported();
+        }
         let blocked = machine.blocked.get();
-        Ok(self.act(inner, step, blocked))
+        let reload = core::mem::take(&mut machine.reload);
+        let next = self.act(inner, step, blocked);
+        if step == Step::Done && reload.is_needed() {
+            self.with_vmcs(inner, |current, inner| reload.apply(inner, current))?;
+        }
+        Ok(next)
+    }
+
+    /// Reads the descriptor-table registers too, and goes on.
+    fn with_tables(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
+        self.with_vmcs(inner, |current, inner| {
+            if let Some(snapshot) = &mut inner.emulation.snapshot {
+                snapshot.tables = Some(reload::tables(current));
+            }
+        })?;
+        Ok(Next::Work(Work::Emulate))
     }
 
     fn act(&self, inner: &mut Inner<H>, step: Step, blocked: Option<Blocked>) -> Next {
@@ -491,9 +561,6 @@ impl<H: Host> Vcpu<H> {
                 handle::raise(self, inner, for_guest(exception))
             }
             Step::Unsupported => {
-                if let Some(insn) = inner.emulation.insn {
-                    log::warn!("instruction not emulated: {:?}", insn.op);
-                }
                 inner.emulation.abandon();
                 handle::raise(self, inner, Exception::plain(vector::UD))
             }

@@ -27,9 +27,15 @@ const AVX512: Xcr0 = Xcr0::OPMASK.union(Xcr0::ZMM_HI256).union(Xcr0::HI16_ZMM);
 /// Offsets in the area: SDM 13.4.1 "Legacy Region of an XSAVE Area", 13.4.2
 /// "XSAVE Header".
 const FCW: usize = 0;
+const FSW: usize = 2;
+const FTW: usize = 4;
+const ST: usize = 32;
 const MXCSR: usize = 24;
 const XMM: usize = 160;
 const XSTATE_BV: usize = 512;
+/// The status word's ES and TOP: SDM 1 8.1.3 "x87 FPU Status Register".
+const FSW_ES: u16 = 1 << 7;
+const FSW_TOP: u16 = 7 << 11;
 /// Values after FNINIT and reset, as HAXM's vCPUs start.
 const FCW_RESET: u16 = 0x37f;
 const MXCSR_RESET: u32 = 0x1f80;
@@ -69,6 +75,9 @@ pub struct Extended<H: Host> {
     ymm_offset: usize,
     /// Where bits 511:256 of ZMM0-15 are.
     zmm_offset: usize,
+    /// Where ZMM16-31 and the opmask registers are.
+    hi16_offset: usize,
+    opmask_offset: usize,
     /// The guest's XCR0.
     xcr0: u64,
     /// The host's XCR0 while the guest's registers are in the processor.
@@ -90,6 +99,8 @@ impl<H: Host> Extended<H> {
             components,
             ymm_offset: offset(2),
             zmm_offset: offset(6),
+            hi16_offset: offset(7),
+            opmask_offset: offset(5),
             xcr0: Xcr0::X87.bits(),
             host_xcr0: 0,
             loaded: false,
@@ -221,42 +232,134 @@ impl<H: Host> Extended<H> {
         self.mark_legacy();
     }
 
-    /// The low 256 bits of a vector register. Not while loaded.
-    pub fn vector(&self, index: u8) -> [u8; 32] {
-        let mut value = [0; 32];
-        let (low, high) = value.split_at_mut(16);
-        let at = usize::from(index & 15).wrapping_mul(16);
-        self.take(XMM.wrapping_add(at), low);
-        if self.in_use() & Xcr0::AVX.bits() != 0 {
-            self.take(self.ymm_offset.wrapping_add(at), high);
+    /// Reads a piece of a component; zeros if it is in its initial state.
+    fn take_component(&self, component: Xcr0, offset: usize, bytes: &mut [u8]) {
+        if self.in_use() & component.bits() != 0 {
+            self.take(offset, bytes);
         }
+    }
+
+    /// Writes a piece of a component of `length` bytes at `start`. In its initial
+    /// state it is zero, and the area may hold old bytes there.
+    fn put_component(
+        &mut self,
+        component: Xcr0,
+        (start, length): (usize, usize),
+        offset: usize,
+        bytes: &[u8],
+    ) {
+        if !self.components.contains(component) {
+            return;
+        }
+        let in_use = self.in_use();
+        if in_use & component.bits() == 0 {
+            if bytes.iter().all(|byte| *byte == 0) {
+                return;
+            }
+            for at in 0..length {
+                self.put(start.wrapping_add(at), &[0]);
+            }
+            let bits = in_use | component.bits();
+            self.put(XSTATE_BV, &bits.to_le_bytes());
+        }
+        self.put(start.wrapping_add(offset), bytes);
+    }
+
+    /// A vector register, 0 to 31; bits the processor lacks are zero. Not while
+    /// loaded.
+    pub fn vector(&self, index: u8) -> [u8; 64] {
+        let mut value = [0; 64];
+        let index = usize::from(index & 31);
+        if let Some(high) = index.checked_sub(16) {
+            let at = self.hi16_offset.wrapping_add(high.wrapping_mul(64));
+            self.take_component(Xcr0::HI16_ZMM, at, &mut value);
+            return value;
+        }
+        let (low, rest) = value.split_at_mut(16);
+        let (middle, high) = rest.split_at_mut(16);
+        let at = index.wrapping_mul(16);
+        self.take(XMM.wrapping_add(at), low);
+        self.take_component(Xcr0::AVX, self.ymm_offset.wrapping_add(at), middle);
+        let at = self.zmm_offset.wrapping_add(index.wrapping_mul(32));
+        self.take_component(Xcr0::ZMM_HI256, at, high);
         value
     }
 
-    /// Sets the low 256 bits of a vector register, and with `clear_above`
-    /// zeroes what is above them. Not while loaded.
-    pub fn set_vector(&mut self, index: u8, value: &[u8; 32], clear_above: bool) {
-        let (low, high) = value.split_at(16);
-        let at = usize::from(index & 15).wrapping_mul(16);
-        self.put(XMM.wrapping_add(at), low);
-        self.mark_legacy();
-        if !self.components.contains(Xcr0::AVX) {
+    /// Sets a vector register, all of it. Not while loaded.
+    pub fn set_vector(&mut self, index: u8, value: &[u8; 64]) {
+        let index = usize::from(index & 31);
+        if let Some(high) = index.checked_sub(16) {
+            let place = (self.hi16_offset, 1024);
+            self.put_component(Xcr0::HI16_ZMM, place, high.wrapping_mul(64), value);
             return;
         }
-        if self.in_use() & Xcr0::AVX.bits() == 0 {
-            // The upper halves are in their initial state, zero, and the area
-            // may hold old bytes there.
-            for i in 0..16usize {
-                let offset = self.ymm_offset.wrapping_add(i.wrapping_mul(16));
-                self.put(offset, &[0; 16]);
+        let (low, rest) = value.split_at(16);
+        let (middle, high) = rest.split_at(16);
+        let at = index.wrapping_mul(16);
+        self.put(XMM.wrapping_add(at), low);
+        self.mark_legacy();
+        self.put_component(Xcr0::AVX, (self.ymm_offset, 256), at, middle);
+        let at = index.wrapping_mul(32);
+        self.put_component(Xcr0::ZMM_HI256, (self.zmm_offset, 512), at, high);
+    }
+
+    /// An opmask register, 0 to 7. Not while loaded.
+    pub fn opmask(&self, index: u8) -> u64 {
+        let mut bytes = [0; 8];
+        let at = usize::from(index & 7).wrapping_mul(8);
+        self.take_component(
+            Xcr0::OPMASK,
+            self.opmask_offset.wrapping_add(at),
+            &mut bytes,
+        );
+        u64::from_le_bytes(bytes)
+    }
+
+    /// The x87 status word.
+    fn status(&self) -> u16 {
+        let mut bytes = [0; 2];
+        self.take(FSW, &mut bytes);
+        u16::from_le_bytes(bytes)
+    }
+
+    /// An x87 exception waits. Not while loaded.
+    pub fn x87_error(&self) -> bool {
+        self.status() & FSW_ES != 0
+    }
+
+    /// Where MMX register `index` is: it is a physical x87 register, and the area
+    /// holds them from the top of the stack on (SDM 1 10.5.1.1 "x87 State").
+    fn mmx_offset(&self, index: u8) -> usize {
+        let top = (self.status() >> 11) as u8;
+        let slot = index.wrapping_sub(top) & 7;
+        ST.wrapping_add(usize::from(slot).wrapping_mul(16))
+    }
+
+    /// An MMX register, 0 to 7. Not while loaded.
+    pub fn mmx(&self, index: u8) -> u64 {
+        let mut bytes = [0; 8];
+        self.take(self.mmx_offset(index), &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    /// Ends an MMX instruction: the top of the stack is 0 and all registers are
+    /// valid. One that was written has an exponent of ones (SDM 3A 13.2 "The MMX
+    /// State and MMX Register Aliasing"). Not while loaded.
+    pub fn end_mmx(&mut self, write: Option<(u8, u64)>) {
+        let mut slots = [[0; 10]; 8];
+        for (index, slot) in (0u8..).zip(slots.iter_mut()) {
+            self.take(self.mmx_offset(index), slot);
+            if let Some((_, value)) = write.filter(|(written, _)| *written == index) {
+                let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+                *slot = [a, b, c, d, e, f, g, h, 0xff, 0xff];
             }
-            let bits = self.in_use() | Xcr0::AVX.bits();
-            self.put(XSTATE_BV, &bits.to_le_bytes());
         }
-        self.put(self.ymm_offset.wrapping_add(at), high);
-        if clear_above && self.in_use() & Xcr0::ZMM_HI256.bits() != 0 {
-            let at = usize::from(index & 15).wrapping_mul(32);
-            self.put(self.zmm_offset.wrapping_add(at), &[0; 32]);
+        let status = self.status() & !FSW_TOP;
+        self.put(FSW, &status.to_le_bytes());
+        self.put(FTW, &[0xff]);
+        for (index, slot) in slots.iter().enumerate() {
+            self.put(ST.wrapping_add(index.wrapping_mul(16)), slot);
         }
+        self.mark_legacy();
     }
 }

@@ -24,6 +24,7 @@ mod msr_list;
 mod pdptes;
 pub mod pending;
 mod registers;
+mod reload;
 mod run;
 mod setup;
 mod state;

@@ -73,6 +73,18 @@ impl SegmentFields {
         current.write(self.rights, rights & RIGHTS_DEFINED);
     }
 
+    /// Writes a register that an instruction has loaded, with all its checks.
+    pub fn load<H: Host>(
+        self,
+        current: &Current<'_, H>,
+        selector: u16,
+        base: u64,
+        limit: u32,
+        rights: u32,
+    ) {
+        self.write_raw(current, &segment(selector, base, limit, rights), rights);
+    }
+
     /// Writes a code or data segment or LDTR. One that is not present is
     /// unusable: clients lose the unusable bit on the way (QEMU keeps no place
     /// for it), and a usable segment is always present. Code or data gets its

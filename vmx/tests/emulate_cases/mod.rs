@@ -155,15 +155,42 @@ pub fn random_bytes(rng: &mut Rng, mode: Mode) -> [u8; MAX_INSN_LEN] {
     if mode == Mode::Bits64 && !vex && rng.one_in(3) {
         put(0x40 | rng.byte() & 15);
     }
+    if !vex && rng.one_in(16) {
+        // EVEX moves, half of them with a mask.
+        put(0x62);
+        let outside = if mode == Mode::Bits64 { 0 } else { 0xc0 };
+        put(rng.byte() & 0xf0 | 1 | outside);
+        put(rng.byte() & 0x83 | 0x7c);
+        put(if rng.one_in(2) {
+            8
+        } else {
+            rng.byte() & 0xe7 | 8
+        } & 0xef
+            | rng.byte() & 0x60);
+        put(rng.pick(&[
+            0x10, 0x11, 0x28, 0x29, 0x6f, 0x7f, 0x6f, 0x7f, 0x2b, 0xe7, 0x6e, 0x7e, 0xd6, 0x13,
+        ]));
+        return bytes;
+    }
     match if vex { 11 } else { rng.below(11) } {
         0..=2 => put(rng.byte() & 0x3b),
         3 | 4 => {
             let opcode = rng.pick(&[
                 0x50, 0x58, 0x60, 0x61, 0x63, 0x68, 0x69, 0x6a, 0x6b, 0x80, 0x81, 0x83, 0x84, 0x85,
-                0x86, 0x87, 0x88, 0x89, 0x8a, 0x8b, 0x8f, 0x9c, 0xa0, 0xa1, 0xa2, 0xa3, 0xc2, 0xc3,
-                0xc6, 0xc7, 0xc9, 0xd7, 0xe8, 0xff, 0xff,
+                0x86, 0x87, 0x88, 0x89, 0x8a, 0x8b, 0x8f, 0x9c, 0x9d, 0x62, 0xc8, 0x06, 0x1e, 0xa0,
+                0xa1, 0xa2, 0xa3, 0xc2, 0xc3, 0xc6, 0xc7, 0xc9, 0xd7, 0xe8, 0xff, 0xff,
             ]);
             put(opcode);
+            if opcode == 0xc8 {
+                let (size, level) = (
+                    rng.pick(&[0, 8, 0x40, 0xff]),
+                    rng.pick(&[0, 0, 1, 2, 5, 33]),
+                );
+                put(size);
+                put(0);
+                put(level);
+                return bytes;
+            }
             if opcode == 0x8f {
                 // POP, half the time through rSP or something added to it.
                 put(rng.byte() & 0xc7);
@@ -210,7 +237,7 @@ pub fn random_bytes(rng: &mut Rng, mode: Mode) -> [u8; MAX_INSN_LEN] {
             put(0x0f);
             put(rng.pick(&[
                 0x10, 0x11, 0x12, 0x13, 0x16, 0x17, 0x28, 0x29, 0x2b, 0x6e, 0x6f, 0x7e, 0x7f, 0xd6,
-                0xe7, 0xf0,
+                0xe7, 0xf0, 0x6e, 0x6f, 0x7e, 0x7f, 0xf7,
             ]));
         }
         _ => {
@@ -231,7 +258,7 @@ pub fn random_bytes(rng: &mut Rng, mode: Mode) -> [u8; MAX_INSN_LEN] {
                 ]),
                 2 => rng.pick(&[
                     0xf2, 0xf3, 0xf5, 0xf6, 0xf7, 0xf2, 0xf3, 0xf5, 0xf6, 0xf7, 0x18, 0x19, 0x1a,
-                    0x2a, 0x58, 0x59, 0x5a, 0x78, 0x79,
+                    0x2a, 0x58, 0x59, 0x5a, 0x78, 0x79, 0x2c, 0x2d, 0x2e, 0x2f, 0x8c, 0x8e,
                 ]),
                 _ => rng.pick(&[0xf0, 0xf0, 0x18, 0x19, 0x38, 0x39]),
             };
@@ -294,6 +321,9 @@ pub fn undefined_flags(insn: &Insn, before: &Fake) -> Option<u64> {
 /// Does this processor have the instruction?
 pub fn supported(insn: &Insn) -> bool {
     use std::is_x86_feature_detected as has;
+    if insn.prefixes.evex {
+        return has_avx512();
+    }
     match insn.op {
         Op::Adcx | Op::Adox => has!("adx"),
         Op::Andn | Op::Bextr | Op::Blsr | Op::Blsmsk | Op::Blsi | Op::Tzcnt => has!("bmi1"),
@@ -314,7 +344,7 @@ pub fn is_undetectable(bytes: &[u8], insn: &Insn) -> bool {
 }
 
 /// Everything emulated, apart from INS and OUTS, which a program may not use.
-pub const OPERATIONS: [&str; 88] = [
+pub const OPERATIONS: [&str; 94] = [
     "Add",
     "Or",
     "Adc",
@@ -403,7 +433,19 @@ pub const OPERATIONS: [&str; 88] = [
     "VecBroadcast",
     "VecInsertHalf",
     "VecExtractHalf",
+    "Popf",
+    "Enter",
+    "Bound",
+    "MmxMove",
+    "VecMasked",
+    "VecMaskedBytes",
 ];
+
+/// The processor has the AVX-512 that EVEX moves need.
+pub fn has_avx512() -> bool {
+    use std::is_x86_feature_detected as has;
+    has!("avx512f") && has!("avx512bw") && has!("avx512vl")
+}
 
 /// The processor has every extension in the list.
 pub fn has_all() -> bool {

@@ -29,16 +29,19 @@ const MAX_STEPS: u32 = 200;
 const TRAP: i64 = 1 << 8;
 
 /// Registers in the order of their numbers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Registers {
     pub gpr: [u64; 16],
     pub rip: u64,
     pub rflags: u64,
-    pub vectors: [[u8; 32]; 16],
+    pub vectors: [[u8; 64]; 32],
+    pub opmasks: [u64; 8],
+    /// With the x87 status word's TOP 0, as it is before and after.
+    pub mmx: [u64; 8],
 }
 
 /// How an instruction ended.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Outcome {
     pub registers: Registers,
     /// 1 if it completed.
@@ -70,17 +73,52 @@ struct Shared {
     outcome: Outcome,
     saved: libc::mcontext_t,
     saved_fp: [u8; FP_LEN],
+    wide: Option<Wide>,
     steps: u32,
     /// Step until RIP leaves this, if the instruction repeats.
     start: Option<i64>,
 }
 
-/// The part of the XSAVE area that holds XMM and the upper half of YMM, in the
-/// standard format: SDM 1 13.4.1, 13.4.2, 13.5.3.
-const FP_LEN: usize = 832;
+impl Registers {
+    pub const ZERO: Self = Self {
+        gpr: [0; 16],
+        rip: 0,
+        rflags: 0,
+        vectors: [[0; 64]; 32],
+        opmasks: [0; 8],
+        mmx: [0; 8],
+    };
+}
+
+/// The XSAVE area in the standard format: SDM 1 13.4.1 "Legacy Region of an XSAVE
+/// Area", 13.4.2, 13.5 "XSAVE-Managed State".
+const FP_LEN: usize = 4096;
+const FSW: usize = 2;
+const FTW: usize = 4;
+const ST: usize = 32;
 const XMM: usize = 160;
+/// Length of the area, in the bytes that are software's.
+const LENGTH: usize = 464 + 16;
 const XSTATE_BV: usize = 512;
 const YMM_HIGH: usize = 576;
+
+/// Where opmask, ZMM_Hi256 and Hi16_ZMM are: CPUID leaf 0DH.
+#[derive(Clone, Copy)]
+struct Wide {
+    opmask: usize,
+    zmm_high: usize,
+    hi16: usize,
+}
+
+fn wide() -> Option<Wide> {
+    let offset = |component| std::arch::x86_64::__cpuid_count(0xd, component).ebx as usize;
+    let present = std::is_x86_feature_detected!("avx512f");
+    present.then(|| Wide {
+        opmask: offset(5),
+        zmm_high: offset(6),
+        hi16: offset(7),
+    })
+}
 
 static SHARED: AtomicPtr<Shared> = AtomicPtr::new(ptr::null_mut());
 
@@ -104,26 +142,63 @@ const GREGS: [i32; 16] = [
     libc::REG_R15,
 ];
 
-fn load_vectors(area: &[u8]) -> [[u8; 32]; 16] {
+fn word(area: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(area[at..][..8].try_into().expect("8 bytes"))
+}
+
+/// A clear bit in XSTATE_BV means that the component is in its initial state, all
+/// zeros.
+fn load_vectors(area: &[u8], wide: Option<Wide>, out: &mut Registers) {
     let present = area[XSTATE_BV];
-    let mut out = [[0; 32]; 16];
-    for (i, vector) in out.iter_mut().enumerate() {
-        // A clear bit means the component is in its initial state, all zeros.
+    for i in 0..16 {
+        let vector = &mut out.vectors[i];
         if present & 2 != 0 {
             vector[..16].copy_from_slice(&area[XMM + 16 * i..][..16]);
         }
         if present & 4 != 0 {
-            vector[16..].copy_from_slice(&area[YMM_HIGH + 16 * i..][..16]);
+            vector[16..32].copy_from_slice(&area[YMM_HIGH + 16 * i..][..16]);
         }
     }
-    out
+    if present & 1 != 0 {
+        for i in 0..8 {
+            out.mmx[i] = word(area, ST + 16 * i);
+        }
+    }
+    let Some(wide) = wide else { return };
+    if present & 1 << 5 != 0 {
+        for i in 0..8 {
+            out.opmasks[i] = word(area, wide.opmask + 8 * i);
+        }
+    }
+    for i in 0..16 {
+        if present & 1 << 6 != 0 {
+            out.vectors[i][32..].copy_from_slice(&area[wide.zmm_high + 32 * i..][..32]);
+        }
+        if present & 1 << 7 != 0 {
+            out.vectors[16 + i].copy_from_slice(&area[wide.hi16 + 64 * i..][..64]);
+        }
+    }
 }
 
-fn store_vectors(area: &mut [u8], vectors: &[[u8; 32]; 16]) {
-    area[XSTATE_BV] |= 6;
-    for (i, vector) in vectors.iter().enumerate() {
-        area[XMM + 16 * i..][..16].copy_from_slice(&vector[..16]);
-        area[YMM_HIGH + 16 * i..][..16].copy_from_slice(&vector[16..]);
+fn store_vectors(area: &mut [u8], wide: Option<Wide>, from: &Registers) {
+    area[XSTATE_BV] |= 7;
+    area[FSW..FSW + 2].copy_from_slice(&[0, 0]);
+    area[FTW] = 0xff;
+    for i in 0..8 {
+        area[ST + 16 * i..][..8].copy_from_slice(&from.mmx[i].to_le_bytes());
+    }
+    for i in 0..16 {
+        area[XMM + 16 * i..][..16].copy_from_slice(&from.vectors[i][..16]);
+        area[YMM_HIGH + 16 * i..][..16].copy_from_slice(&from.vectors[i][16..32]);
+    }
+    let Some(wide) = wide else { return };
+    area[XSTATE_BV] |= 0xe0;
+    for i in 0..8 {
+        area[wide.opmask + 8 * i..][..8].copy_from_slice(&from.opmasks[i].to_le_bytes());
+    }
+    for i in 0..16 {
+        area[wide.zmm_high + 32 * i..][..32].copy_from_slice(&from.vectors[i][32..]);
+        area[wide.hi16 + 64 * i..][..64].copy_from_slice(&from.vectors[16 + i]);
     }
 }
 
@@ -134,14 +209,17 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut c_
     // SAFETY: with SA_SIGINFO the third argument is the interrupted context.
     let context = unsafe { &mut *context.cast::<libc::ucontext_t>() };
     let area = context.uc_mcontext.fpregs.cast::<u8>();
-    // SAFETY: the kernel saved an XSAVE area of more than this there; the
-    // processor has AVX, which `Host::new` checked.
-    let area = unsafe { std::slice::from_raw_parts_mut(area, FP_LEN) };
+    // SAFETY: the kernel saved an XSAVE area there; its first 512 bytes tell how
+    // long it is (the kernel's struct _fpx_sw_bytes, extended_size).
+    let length = unsafe { area.add(LENGTH).cast::<u32>().read_unaligned() } as usize;
+    // SAFETY: as long as the kernel says; the processor has AVX, which `Host::new`
+    // checked, so it is more than the legacy region.
+    let area = unsafe { std::slice::from_raw_parts_mut(area, length.min(FP_LEN)) };
     let machine = &mut context.uc_mcontext;
     match shared.stage {
         Stage::Armed => {
             shared.saved = *machine;
-            shared.saved_fp.copy_from_slice(area);
+            shared.saved_fp[..area.len()].copy_from_slice(area);
             for (index, value) in GREGS.iter().zip(shared.case.gpr) {
                 machine.gregs[*index as usize] = value as i64;
             }
@@ -152,7 +230,7 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut c_
                 | u64::from(shared.selectors.cs)
                 | u64::from(shared.selectors.ss) << 48)
                 as i64;
-            store_vectors(area, &shared.case.vectors);
+            store_vectors(area, shared.wide, &shared.case);
             shared.steps = 0;
             shared.stage = Stage::Running;
         }
@@ -167,13 +245,15 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut c_
             for (to, index) in gpr.iter_mut().zip(GREGS) {
                 *to = machine.gregs[index as usize] as u64;
             }
+            let mut registers = Registers {
+                gpr,
+                rip: machine.gregs[libc::REG_RIP as usize] as u64,
+                rflags: machine.gregs[libc::REG_EFL as usize] as u64,
+                ..Registers::ZERO
+            };
+            load_vectors(area, shared.wide, &mut registers);
             shared.outcome = Outcome {
-                registers: Registers {
-                    gpr,
-                    rip: machine.gregs[libc::REG_RIP as usize] as u64,
-                    rflags: machine.gregs[libc::REG_EFL as usize] as u64,
-                    vectors: load_vectors(area),
-                },
+                registers,
                 vector: machine.gregs[libc::REG_TRAPNO as usize] as u64,
                 error_code: machine.gregs[libc::REG_ERR as usize] as u64,
                 cr2: machine.gregs[libc::REG_CR2 as usize] as u64,
@@ -181,7 +261,7 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut c_
             let fpregs = machine.fpregs;
             *machine = shared.saved;
             machine.fpregs = fpregs;
-            area.copy_from_slice(&shared.saved_fp);
+            area.copy_from_slice(&shared.saved_fp[..area.len()]);
             shared.stage = Stage::Idle;
         }
         Stage::Idle => {
@@ -239,15 +319,21 @@ impl Host {
         let saved: libc::mcontext_t = unsafe { std::mem::zeroed() };
         let shared = Box::leak(Box::new(Shared {
             stage: Stage::Idle,
-            case: Registers::default(),
+            case: Registers::ZERO,
             selectors: Selectors {
                 cs: 0x33,
                 ss: 0x2b,
                 data: 0,
             },
-            outcome: Outcome::default(),
+            outcome: Outcome {
+                registers: Registers::ZERO,
+                vector: 0,
+                error_code: 0,
+                cr2: 0,
+            },
             saved,
             saved_fp: [0; FP_LEN],
+            wide: wide(),
             steps: 0,
             start: None,
         }));

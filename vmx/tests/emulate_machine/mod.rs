@@ -11,8 +11,8 @@
 use std::collections::BTreeMap;
 
 use haxm_vmx::emulate::{
-    Access, Backing, Exception, Fault, Gpr, Insn, Machine, MmioLog, Mode, PORT_BUFFER_LEN, Seg,
-    SegmentState, Step, execute,
+    Access, Backing, Blocking, Exception, Fault, Gpr, Insn, Machine, MmioLog, Mode,
+    PORT_BUFFER_LEN, Seg, SegmentState, Step, Table, VectorBytes, execute,
 };
 
 /// All status flags.
@@ -89,9 +89,16 @@ pub struct Fake {
     pub cpl: u8,
     pub wide_linear: bool,
     pub segments: [SegmentState; 6],
-    pub vectors: [[u8; 32]; 16],
-    /// Set by a VEX instruction: the bits above 255 were cleared.
-    pub cleared_above: [bool; 16],
+    pub vectors: [VectorBytes; 32],
+    pub opmasks: [u64; 8],
+    pub mmx: [u64; 8],
+    /// MMX instructions that ended.
+    pub mmx_ended: u32,
+    pub x87_error: bool,
+    pub long_mode: bool,
+    /// In the order of [`Table`].
+    pub tables: [SegmentState; 4],
+    pub blocking: Option<Blocking>,
     pub pages: BTreeMap<u64, Page>,
     pub port_buffer: [u8; PORT_BUFFER_LEN],
     /// Another processor changes the byte here after each RAM read, this many
@@ -130,12 +137,18 @@ impl Fake {
             rflags: 2,
             cr0: 0x8000_0031,
             cr4: 0x4_0620,
-            xcr0: 7,
+            xcr0: 0xe7,
             cpl: 0,
             wide_linear: false,
             segments,
-            vectors: [[0; 32]; 16],
-            cleared_above: [false; 16],
+            vectors: [[0; 64]; 32],
+            opmasks: [0; 8],
+            mmx: [0; 8],
+            mmx_ended: 0,
+            x87_error: false,
+            long_mode: mode == Mode::Bits64,
+            tables: [SegmentState::default(); 4],
+            blocking: None,
             pages: BTreeMap::new(),
             port_buffer: [0; PORT_BUFFER_LEN],
             interference: 0,
@@ -170,6 +183,10 @@ impl Fake {
             .take(len)
             .map(|at| self.pages[&(at >> 12)].bytes[(at & 0xfff) as usize])
             .collect()
+    }
+
+    pub fn segment_of(&self, seg: Seg) -> SegmentState {
+        self.segments[seg.number()]
     }
 
     pub fn peek64(&self, address: u64) -> u64 {
@@ -239,6 +256,9 @@ impl Fake {
             assert_eq!(self.gpr, before.gpr, "{insn:?}");
             assert_eq!(self.rflags, before.rflags, "{insn:?}");
             assert_eq!(self.vectors, before.vectors);
+            assert_eq!((self.mmx, self.mmx_ended), (before.mmx, before.mmx_ended));
+            assert_eq!(self.segments, before.segments);
+            assert_eq!(self.tables, before.tables);
             for (page, now) in &self.pages {
                 assert!(before.pages[page].bytes == now.bytes, "RAM changed early");
             }
@@ -297,12 +317,42 @@ impl Machine for Fake {
     fn segment(&self, seg: Seg) -> SegmentState {
         self.segments[seg.number()]
     }
-    fn vector(&self, index: u8) -> [u8; 32] {
+    fn set_segment(&mut self, seg: Seg, state: SegmentState) {
+        self.segments[seg.number()] = state;
+    }
+    fn table(&self, table: Table) -> SegmentState {
+        self.tables[table as usize]
+    }
+    fn set_table(&mut self, table: Table, base: u64, limit: u16) {
+        let table = &mut self.tables[table as usize];
+        (table.base, table.limit) = (base, limit.into());
+    }
+    fn long_mode(&self) -> bool {
+        self.long_mode
+    }
+    fn set_blocking(&mut self, blocking: Blocking) {
+        self.blocking = Some(blocking);
+    }
+    fn vector(&self, index: u8) -> VectorBytes {
         self.vectors[usize::from(index)]
     }
-    fn set_vector(&mut self, index: u8, value: [u8; 32], clear_above: bool) {
-        self.vectors[usize::from(index)] = value;
-        self.cleared_above[usize::from(index)] |= clear_above;
+    fn set_vector(&mut self, index: u8, value: &VectorBytes) {
+        self.vectors[usize::from(index)] = *value;
+    }
+    fn opmask(&self, index: u8) -> u64 {
+        self.opmasks[usize::from(index)]
+    }
+    fn mmx(&self, index: u8) -> u64 {
+        self.mmx[usize::from(index)]
+    }
+    fn end_mmx(&mut self, write: Option<(u8, u64)>) {
+        self.mmx_ended += 1;
+        if let Some((index, value)) = write {
+            self.mmx[usize::from(index)] = value;
+        }
+    }
+    fn x87_error(&self) -> bool {
+        self.x87_error
     }
     fn translate(&mut self, linear: u64, access: Access) -> Result<u64, Fault> {
         let code = u32::from(access.write) << 1 | u32::from(access.user) << 2;

@@ -4,6 +4,7 @@
 mod modrm;
 mod opcode;
 mod prefix;
+mod vector;
 
 use super::insn::{Insn, Operand};
 use super::machine::Mode;
@@ -35,7 +36,7 @@ pub fn decode(bytes: &[u8], mode: Mode) -> Result<Insn, DecodeError> {
     let head = prefix::parse(&mut cursor, mode)?;
     let has_modrm = opcode::has_modrm(&head);
     let modrm = ModRm(if has_modrm { cursor.byte()? } else { 0 });
-    let form = opcode::lookup(&head, modrm, mode).ok_or(DecodeError::Unsupported)?;
+    let (form, mask) = opcode::lookup(&head, modrm, mode).ok_or(DecodeError::Unsupported)?;
     let sizes = Sizes::new(&head, mode, modrm);
     let operands = modrm::operands(&mut cursor, &head, &form, &sizes, has_modrm)?;
     let prefixes = head.prefixes;
@@ -50,6 +51,7 @@ pub fn decode(bytes: &[u8], mode: Mode) -> Result<Insn, DecodeError> {
         operands,
         operand_size: sizes.operand,
         address_size: sizes.address,
+        mask,
         len: cursor.at as u8,
         mode,
         prefixes,

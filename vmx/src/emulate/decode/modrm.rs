@@ -63,8 +63,11 @@ impl Sizes {
             Width::Stack if long && self.operand != 2 => 8,
             Width::Branch if long => 8,
             Width::Stack | Width::Branch => self.operand,
-            Width::Vector if head.vex_256 => 32,
-            Width::Vector => 16,
+            Width::Vector => head.vector_bytes,
+            Width::Far => self.operand.wrapping_add(2),
+            Width::Bounds => self.operand.wrapping_mul(2),
+            Width::Table if long => 10,
+            Width::Table => 6,
         }
     }
 }
@@ -98,7 +101,17 @@ fn operand(
     address: Option<Mem>,
 ) -> Result<Operand, DecodeError> {
     let bytes = |width| sizes.bytes(width, head);
-    let sized = |width| address.map(|mem| mem_sized(mem, bytes(width)));
+    // With EVEX a displacement of one byte counts operands (SDM 2A 2.7.5
+    // "Compressed Displacement (disp8*N) Support in EVEX").
+    let scaled = head.evex.is_some() && sizes.modrm.mode() == 1;
+    let sized = |width| {
+        address.map(|mem| {
+            let size = bytes(width);
+            let times = if scaled { u64::from(size) } else { 1 };
+            let disp = mem.disp.wrapping_mul(times);
+            Operand::Mem(Mem { size, disp, ..mem })
+        })
+    };
     let reg_field = sizes.modrm.reg() | head.reg_high;
     let rm_field = sizes.modrm.rm() | head.base_high;
     // Outside 64-bit mode there are eight registers and the highest bit of the
@@ -106,6 +119,10 @@ fn operand(
     let v_field = match sizes.mode {
         Mode::Bits64 => head.vvvv,
         _ => head.vvvv & 7,
+    };
+    let vector = |index, width| Operand::Vector {
+        index,
+        size: bytes(width),
     };
     Ok(match arg {
         Arg::None => Operand::None,
@@ -124,18 +141,16 @@ fn operand(
         Arg::Sreg => {
             Operand::Seg(Seg::from_bits(sizes.modrm.reg()).ok_or(DecodeError::Unsupported)?)
         }
-        Arg::VecRm(width) => sized(width).unwrap_or(Operand::Vector {
-            index: rm_field,
-            size: bytes(width),
-        }),
-        Arg::VecReg(width) => Operand::Vector {
-            index: reg_field,
-            size: bytes(width),
-        },
-        Arg::VecVreg(width) => Operand::Vector {
-            index: v_field,
-            size: bytes(width),
-        },
+        Arg::OpSreg => {
+            Operand::Seg(Seg::from_bits(head.opcode >> 3 & 7).ok_or(DecodeError::Unsupported)?)
+        }
+        Arg::MmxReg => Operand::Mmx(sizes.modrm.reg()),
+        Arg::MmxRm => sized(Width::Qword).unwrap_or(Operand::Mmx(sizes.modrm.rm())),
+        Arg::VecRm(width) => {
+            sized(width).unwrap_or_else(|| vector(rm_field | head.vector_rm_high(), width))
+        }
+        Arg::VecReg(width) => vector(reg_field, width),
+        Arg::VecVreg(width) => vector(v_field, width),
         Arg::ImmSigned => Operand::Imm(cursor.signed(1)?),
         Arg::ImmByte => Operand::Imm(cursor.unsigned(1)?),
         Arg::ImmWord => Operand::Imm(cursor.unsigned(2)?),
@@ -149,6 +164,7 @@ fn operand(
         }
         Arg::Source(width) => implied_memory(head, Some(Gpr::Rsi), 0, bytes(width)),
         Arg::Table => implied_memory(head, Some(Gpr::Rbx), 0, 1),
+        Arg::AtRdi(width) => implied_memory(head, Some(Gpr::Rdi), 0, bytes(width)),
         // No override applies to the destination (SDM 1 7.3.9).
         Arg::Destination(width) => Operand::Mem(Mem {
             seg: Seg::Es,
@@ -160,10 +176,6 @@ fn operand(
             size: bytes(width),
         }),
     })
-}
-
-fn mem_sized(mem: Mem, size: u8) -> Operand {
-    Operand::Mem(Mem { size, ..mem })
 }
 
 fn implied_memory(head: &Head, base: Option<Gpr>, disp: u64, size: u8) -> Operand {

@@ -3,8 +3,9 @@
 //! the details of each instruction's own page.
 
 use super::prefix::{Head, Mandatory, Map};
-use crate::emulate::insn::Op;
-use crate::emulate::machine::{Gpr, Mode};
+use super::vector;
+use crate::emulate::insn::{Mask, Op};
+use crate::emulate::machine::{Gpr, Mode, Seg};
 
 /// How wide an operand is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +29,14 @@ pub(super) enum Width {
     Stack,
     /// The operand size of a near branch: 8 in 64-bit mode.
     Branch,
-    /// 16 or 32 bytes, by VEX.L.
+    /// 16, 32 or 64 bytes, by VEX.L or EVEX.L'L.
     Vector,
+    /// A far pointer: the operand size and a selector.
+    Far,
+    /// Two numbers of the operand size.
+    Bounds,
+    /// The limit and base of a descriptor table.
+    Table,
 }
 
 /// Where an operand comes from.
@@ -52,6 +59,12 @@ pub(super) enum Arg {
     Implied(Gpr, Width),
     /// ModRM.reg, a segment register.
     Sreg,
+    /// The opcode's bits 5:3, a segment register.
+    OpSreg,
+    /// ModRM.reg, an MMX register.
+    MmxReg,
+    /// ModRM.rm: MMX register or memory.
+    MmxRm,
     /// ModRM.rm: vector register or memory.
     VecRm(Width),
     /// ModRM.reg, a vector register.
@@ -82,17 +95,8 @@ pub(super) enum Arg {
     Destination(Width),
     /// DS:rBX+AL, or another segment.
     Table,
-}
-
-/// What a form demands of its VEX prefix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Vex {
-    /// Must have one with L = 0.
-    L0,
-    /// Must have one with L = 1.
-    L1,
-    /// Must have one, L as it likes.
-    Any,
+    /// DS:rDI, or another segment.
+    AtRdi(Width),
 }
 
 /// One row of the tables.
@@ -102,7 +106,7 @@ pub(super) struct Form {
     pub(super) args: [Arg; 4],
 }
 
-fn form(op: Op, args: &[Arg]) -> Option<Form> {
+pub(super) fn form(op: Op, args: &[Arg]) -> Option<Form> {
     let mut out = [Arg::None; 4];
     for (to, from) in out.iter_mut().zip(args) {
         *to = *from;
@@ -124,7 +128,7 @@ impl ModRm {
     pub(super) fn rm(self) -> u8 {
         self.0 & 7
     }
-    fn is_register(self) -> bool {
+    pub(super) fn is_register(self) -> bool {
         self.mode() == 3
     }
 }
@@ -138,7 +142,7 @@ pub(super) fn has_modrm(head: &Head) -> bool {
             head.opcode,
             0x00..=0x03 | 0x08..=0x0b | 0x10..=0x13 | 0x18..=0x1b
             | 0x20..=0x23 | 0x28..=0x2b | 0x30..=0x33 | 0x38..=0x3b
-            | 0x63 | 0x69 | 0x6b | 0x80..=0x8f | 0xc0 | 0xc1 | 0xc6 | 0xc7
+            | 0x62 | 0x63 | 0x69 | 0x6b | 0x80..=0x8f | 0xc0 | 0xc1 | 0xc4..=0xc7
             | 0xd0..=0xd3 | 0xf6 | 0xf7 | 0xfe | 0xff
         ),
         Map::Two => !matches!(
@@ -152,32 +156,17 @@ pub(super) fn has_modrm(head: &Head) -> bool {
 
 /// Finds the form, or `None` if the instruction does not exist or is not
 /// emulated. `modrm` is zero for opcodes without one.
-pub(super) fn lookup(head: &Head, modrm: ModRm, mode: Mode) -> Option<Form> {
+pub(super) fn lookup(head: &Head, modrm: ModRm, mode: Mode) -> Option<(Form, Option<Mask>)> {
     if head.prefixes.vex {
-        let (vex, found) = match head.map {
-            Map::One => return None,
-            Map::Two => vex_two(head, modrm, mode)?,
-            Map::Three38 => vex_three_38(head, modrm)?,
-            Map::Three3A => vex_three_3a(head, modrm)?,
-        };
-        let fits = match vex {
-            Vex::L0 => !head.vex_256,
-            Vex::L1 => head.vex_256,
-            Vex::Any => true,
-        };
-        let uses_vvvv = found
-            .args
-            .iter()
-            .any(|arg| matches!(arg, Arg::Vreg(_) | Arg::VecVreg(_)));
-        // SDM 2A 2.3.5.6: an unused vvvv field must be all ones.
-        return (fits && (uses_vvvv || head.vvvv == 0)).then_some(found);
+        return vector::lookup(head, modrm);
     }
-    match head.map {
+    let found = match head.map {
         Map::One => one(head.opcode, modrm, mode),
         Map::Two => two(head, modrm),
         Map::Three38 => three_38(head, modrm, mode),
         Map::Three3A => None,
-    }
+    };
+    Some((found?, None))
 }
 
 const RM_B: Arg = Arg::Rm(Width::Byte);
@@ -237,6 +226,8 @@ fn one(opcode: u8, modrm: ModRm, mode: Mode) -> Option<Form> {
     let long = mode == Mode::Bits64;
     let width = width_of(opcode);
     match opcode {
+        0x06 | 0x0e | 0x16 | 0x1e if !long => form(Op::Push, &[Arg::OpSreg]),
+        0x07 | 0x17 | 0x1f if !long => form(Op::Pop, &[Arg::OpSreg]),
         0x00..=0x3f => {
             let op = arith_op(opcode >> 3);
             match opcode & 7 {
@@ -255,6 +246,7 @@ fn one(opcode: u8, modrm: ModRm, mode: Mode) -> Option<Form> {
         0x58..=0x5f => form(Op::Pop, &[Arg::OpReg(Width::Stack)]),
         0x60 if !long => form(Op::Pusha, &[]),
         0x61 if !long => form(Op::Popa, &[]),
+        0x62 if !long => form(Op::Bound, &[REG_V, Arg::Mem(Width::Bounds)]),
         0x63 if long => form(Op::Movsx, &[REG_V, Arg::Rm(Width::Opsize32)]),
         0x68 => form(Op::Push, &[Arg::ImmStack]),
         0x69 => form(Op::Imul, &[REG_V, RM_V, Arg::Imm]),
@@ -276,8 +268,14 @@ fn one(opcode: u8, modrm: ModRm, mode: Mode) -> Option<Form> {
             Op::Mov,
             &[Arg::RmSplit(Width::Opsize, Width::Word), Arg::Sreg],
         ),
+        0x8e if modrm.reg() < 6 && modrm.reg() != 1 => form(
+            Op::Mov,
+            &[Arg::Sreg, Arg::RmSplit(Width::Opsize, Width::Word)],
+        ),
         0x8f if modrm.reg() == 0 => form(Op::Pop, &[Arg::Rm(Width::Stack)]),
+        0x9a if !long => form(Op::CallFar, &[Arg::ImmFull, Arg::ImmWord]),
         0x9c => form(Op::Pushf, &[]),
+        0x9d => form(Op::Popf, &[]),
         0xa0 => form(Op::Mov, &[AL, Arg::Offset(Width::Byte)]),
         0xa1 => form(Op::Mov, &[ACC, Arg::Offset(Width::Opsize)]),
         0xa2 => form(Op::Mov, &[Arg::Offset(Width::Byte), AL]),
@@ -288,13 +286,20 @@ fn one(opcode: u8, modrm: ModRm, mode: Mode) -> Option<Form> {
         0xc0 | 0xc1 => form(shift_op(modrm.reg()), &[Arg::Rm(width), Arg::ImmByte]),
         0xc2 => form(Op::Ret, &[Arg::ImmWord]),
         0xc3 => form(Op::Ret, &[]),
+        0xc4 if !long => load_far(Seg::Es),
+        0xc5 if !long => load_far(Seg::Ds),
         0xc6 if modrm.reg() == 0 => form(Op::Mov, &[RM_B, Arg::ImmByte]),
         0xc7 if modrm.reg() == 0 => form(Op::Mov, &[RM_V, Arg::Imm]),
+        0xc8 => form(Op::Enter, &[Arg::ImmWord, Arg::ImmByte]),
         0xc9 => form(Op::Leave, &[]),
+        0xca => form(Op::RetFar, &[Arg::ImmWord]),
+        0xcb => form(Op::RetFar, &[]),
+        0xcf => form(Op::Iret, &[]),
         0xd0 | 0xd1 => form(shift_op(modrm.reg()), &[Arg::Rm(width), Arg::One]),
         0xd2 | 0xd3 => form(shift_op(modrm.reg()), &[Arg::Rm(width), CL]),
         0xd7 => form(Op::Xlat, &[Arg::Table]),
         0xe8 => form(Op::Call, &[Arg::ImmBranch]),
+        0xea if !long => form(Op::JmpFar, &[Arg::ImmFull, Arg::ImmWord]),
         0xf6 | 0xf7 => group3(modrm, width),
         0xfe | 0xff => group5(opcode, modrm, width),
         _ => None,
@@ -336,8 +341,31 @@ fn group5(opcode: u8, modrm: ModRm, width: Width) -> Option<Form> {
         0 => form(Op::Inc, &[Arg::Rm(width)]),
         1 => form(Op::Dec, &[Arg::Rm(width)]),
         2 if opcode == 0xff => form(Op::Call, &[Arg::Rm(Width::Branch)]),
+        3 if opcode == 0xff => form(Op::CallFar, &[Arg::Mem(Width::Far)]),
+        5 if opcode == 0xff => form(Op::JmpFar, &[Arg::Mem(Width::Far)]),
         4 if opcode == 0xff => form(Op::Jmp, &[Arg::Rm(Width::Branch)]),
         6 if opcode == 0xff => form(Op::Push, &[Arg::Rm(Width::Stack)]),
+        _ => None,
+    }
+}
+
+/// LES and its kin.
+fn load_far(seg: Seg) -> Option<Form> {
+    form(Op::LoadFar(seg), &[REG_V, Arg::Mem(Width::Far)])
+}
+
+/// Groups 6 and 7, as far as they address memory.
+fn system(opcode: u8, modrm: ModRm) -> Option<Form> {
+    let status = Arg::RmSplit(Width::Opsize, Width::Word);
+    let table = Arg::Mem(Width::Table);
+    match (opcode, modrm.reg()) {
+        (0, 0) => form(Op::Sldt, &[status]),
+        (0, 1) => form(Op::Str, &[status]),
+        (1, 0) => form(Op::Sgdt, &[table]),
+        (1, 1) => form(Op::Sidt, &[table]),
+        (1, 2) => form(Op::Lgdt, &[table]),
+        (1, 3) => form(Op::Lidt, &[table]),
+        (1, 4) => form(Op::Smsw, &[status]),
         _ => None,
     }
 }
@@ -346,10 +374,16 @@ fn two(head: &Head, modrm: ModRm) -> Option<Form> {
     let opcode = head.opcode;
     let width = width_of(opcode);
     match opcode {
+        0x00 | 0x01 => system(opcode, modrm),
         // PREFETCHW and the prefetch and hint-NOP space.
         0x0d | 0x18 | 0x1f if !modrm.is_register() => form(Op::Hint, &[Arg::Mem(Width::Zero)]),
         0x40..=0x4f => form(Op::Cmov(opcode & 15), &[REG_V, RM_V]),
         0x90..=0x9f => form(Op::Set(opcode & 15), &[RM_B]),
+        0xa0 | 0xa8 => form(Op::Push, &[Arg::OpSreg]),
+        0xa1 | 0xa9 => form(Op::Pop, &[Arg::OpSreg]),
+        0xb2 => load_far(Seg::Ss),
+        0xb4 => load_far(Seg::Fs),
+        0xb5 => load_far(Seg::Gs),
         // Bits 4:3 number the four as ModRM.reg does for 0F BA.
         0xa3 | 0xab | 0xb3 | 0xbb => form(bit_op(opcode >> 3), &[RM_V, REG_V]),
         0xa4 => form(Op::Shld, &[RM_V, REG_V, Arg::ImmByte]),
@@ -374,7 +408,7 @@ fn two(head: &Head, modrm: ModRm) -> Option<Form> {
             form(Op::Mov, &[Arg::Mem(Width::Wide), Arg::Reg(Width::Wide)])
         }
         0xc7 if modrm.reg() == 1 => form(Op::CmpxchgPair, &[Arg::Mem(Width::Pair)]),
-        _ => sse_two(head, modrm).map(|(_, found)| found),
+        _ => vector::legacy(head, modrm),
     }
 }
 
@@ -389,55 +423,6 @@ fn cache_line(mandatory: Mandatory, modrm: ModRm) -> Option<Form> {
     } else {
         None
     }
-}
-
-/// The vector moves of map 0F that have the same shape with and without VEX.
-/// Without VEX a vector is 16 bytes because VEX.L reads as clear.
-#[expect(clippy::match_same_arms, reason = "a table in the opcodes' order")]
-fn sse_two(head: &Head, modrm: ModRm) -> Option<(Vex, Form)> {
-    use Mandatory as P;
-    let load = |op, width| form(op, &[Arg::VecReg(width), Arg::VecRm(width)]);
-    let store = |op, width| form(op, &[Arg::VecRm(width), Arg::VecReg(width)]);
-    let vector = Width::Vector;
-    let memory = !modrm.is_register();
-    let (vex, found) = match (head.opcode, head.mandatory) {
-        (0x10, P::None | P::P66) => (Vex::Any, load(Op::VecMove, vector)),
-        (0x11, P::None | P::P66) => (Vex::Any, store(Op::VecMove, vector)),
-        (0x10, P::PF3) if memory => (Vex::Any, load(Op::VecLoad, Width::Dword)),
-        (0x10, P::PF2) if memory => (Vex::Any, load(Op::VecLoad, Width::Qword)),
-        (0x11, P::PF3) if memory => (Vex::Any, store(Op::VecStore, Width::Dword)),
-        (0x11, P::PF2) if memory => (Vex::Any, store(Op::VecStore, Width::Qword)),
-        (0x12, P::None | P::P66) if memory => (Vex::L0, load(Op::VecMergeLow, Width::Qword)),
-        (0x13, P::None | P::P66) if memory => (Vex::L0, store(Op::VecStore, Width::Qword)),
-        (0x16, P::None | P::P66) if memory => (Vex::L0, load(Op::VecMergeHigh, Width::Qword)),
-        (0x17, P::None | P::P66) if memory => (Vex::L0, store(Op::VecStoreHigh, Width::Qword)),
-        (0x28, P::None | P::P66) | (0x6f, P::P66) => (Vex::Any, load(Op::VecMoveAligned, vector)),
-        (0x29, P::None | P::P66) | (0x7f, P::P66) => (Vex::Any, store(Op::VecMoveAligned, vector)),
-        (0x2b, P::None | P::P66) | (0xe7, P::P66) if memory => {
-            (Vex::Any, store(Op::VecMoveAligned, vector))
-        }
-        (0x6e, P::P66) => (
-            Vex::L0,
-            form(
-                Op::VecLoad,
-                &[Arg::VecReg(Width::Wide), Arg::Rm(Width::Wide)],
-            ),
-        ),
-        (0x7e, P::P66) => (
-            Vex::L0,
-            form(
-                Op::VecStore,
-                &[Arg::Rm(Width::Wide), Arg::VecReg(Width::Wide)],
-            ),
-        ),
-        (0x7e, P::PF3) => (Vex::L0, load(Op::VecLoad, Width::Qword)),
-        (0xd6, P::P66) if memory => (Vex::L0, store(Op::VecStore, Width::Qword)),
-        (0x6f, P::PF3) => (Vex::Any, load(Op::VecMove, vector)),
-        (0x7f, P::PF3) => (Vex::Any, store(Op::VecMove, vector)),
-        (0xf0, P::PF2) if memory => (Vex::Any, load(Op::VecMove, vector)),
-        _ => return None,
-    };
-    found.map(|found| (vex, found))
 }
 
 fn three_38(head: &Head, modrm: ModRm, mode: Mode) -> Option<Form> {
@@ -462,104 +447,4 @@ fn three_38(head: &Head, modrm: ModRm, mode: Mode) -> Option<Form> {
         }
         _ => None,
     }
-}
-
-fn vex_two(head: &Head, modrm: ModRm, _mode: Mode) -> Option<(Vex, Form)> {
-    let (vex, found) = sse_two(head, modrm)?;
-    // The merging loads take the other half from a third operand.
-    if matches!(found.op, Op::VecMergeLow | Op::VecMergeHigh) {
-        let [to, from, ..] = found.args;
-        let found = form(found.op, &[to, Arg::VecVreg(Width::Oword), from])?;
-        return Some((vex, found));
-    }
-    Some((vex, found))
-}
-
-fn vex_three_38(head: &Head, modrm: ModRm) -> Option<(Vex, Form)> {
-    use Mandatory as P;
-    let memory = !modrm.is_register();
-    let reg = Arg::Reg(Width::Wide);
-    let rm = Arg::Rm(Width::Wide);
-    let vreg = Arg::Vreg(Width::Wide);
-    let w0 = !head.wide;
-    let broadcast = |width| {
-        form(
-            Op::VecBroadcast,
-            &[Arg::VecReg(Width::Vector), Arg::VecRm(width)],
-        )
-    };
-    let (vex, found) = match (head.opcode, head.mandatory) {
-        (0x18 | 0x58, P::P66) if memory && w0 => (Vex::Any, broadcast(Width::Dword)),
-        (0x19, P::P66) if memory && w0 => (Vex::L1, broadcast(Width::Qword)),
-        (0x59, P::P66) if memory && w0 => (Vex::Any, broadcast(Width::Qword)),
-        (0x1a | 0x5a, P::P66) if memory && w0 => (Vex::L1, broadcast(Width::Oword)),
-        (0x78, P::P66) if memory && w0 => (Vex::Any, broadcast(Width::Byte)),
-        (0x79, P::P66) if memory && w0 => (Vex::Any, broadcast(Width::Word)),
-        (0x2a, P::P66) if memory => (
-            Vex::Any,
-            form(
-                Op::VecMoveAligned,
-                &[Arg::VecReg(Width::Vector), Arg::VecRm(Width::Vector)],
-            ),
-        ),
-        (0xf2, P::None) => (Vex::L0, form(Op::Andn, &[reg, vreg, rm])),
-        (0xf3, P::None) => {
-            let op = match modrm.reg() {
-                1 => Op::Blsr,
-                2 => Op::Blsmsk,
-                3 => Op::Blsi,
-                _ => return None,
-            };
-            (Vex::L0, form(op, &[vreg, rm]))
-        }
-        (0xf5, P::None) => (Vex::L0, form(Op::Bzhi, &[reg, rm, vreg])),
-        (0xf5, P::PF3) => (Vex::L0, form(Op::Pext, &[reg, vreg, rm])),
-        (0xf5, P::PF2) => (Vex::L0, form(Op::Pdep, &[reg, vreg, rm])),
-        (0xf6, P::PF2) => (Vex::L0, form(Op::Mulx, &[reg, vreg, rm])),
-        (0xf7, P::None) => (Vex::L0, form(Op::Bextr, &[reg, rm, vreg])),
-        (0xf7, P::P66) => (Vex::L0, form(Op::Shlx, &[reg, rm, vreg])),
-        (0xf7, P::PF3) => (Vex::L0, form(Op::Sarx, &[reg, rm, vreg])),
-        (0xf7, P::PF2) => (Vex::L0, form(Op::Shrx, &[reg, rm, vreg])),
-        _ => return None,
-    };
-    found.map(|found| (vex, found))
-}
-
-fn vex_three_3a(head: &Head, modrm: ModRm) -> Option<(Vex, Form)> {
-    let memory = !modrm.is_register();
-    let w0 = !head.wide;
-    let (vex, found) = match (head.opcode, head.mandatory) {
-        (0x18 | 0x38, Mandatory::P66) if memory && w0 => (
-            Vex::L1,
-            form(
-                Op::VecInsertHalf,
-                &[
-                    Arg::VecReg(Width::Vector),
-                    Arg::VecVreg(Width::Vector),
-                    Arg::VecRm(Width::Oword),
-                    Arg::ImmByte,
-                ],
-            ),
-        ),
-        (0x19 | 0x39, Mandatory::P66) if memory && w0 => (
-            Vex::L1,
-            form(
-                Op::VecExtractHalf,
-                &[
-                    Arg::VecRm(Width::Oword),
-                    Arg::VecReg(Width::Vector),
-                    Arg::ImmByte,
-                ],
-            ),
-        ),
-        (0xf0, Mandatory::PF2) => (
-            Vex::L0,
-            form(
-                Op::Rorx,
-                &[Arg::Reg(Width::Wide), Arg::Rm(Width::Wide), Arg::ImmByte],
-            ),
-        ),
-        _ => return None,
-    };
-    found.map(|found| (vex, found))
 }

@@ -80,7 +80,9 @@ impl<M: Machine> Run<'_, M> {
             Operand::Mem(mem) => Place::Memory(self.memory(&mem, 0, intent)?),
             Operand::Imm(value) => Place::Constant(value),
             Operand::Seg(seg) => Place::Constant(u64::from(self.selector(seg))),
-            Operand::Vector { .. } | Operand::None => return Err(Step::Unsupported),
+            Operand::Vector { .. } | Operand::Mmx(_) | Operand::None => {
+                return Err(Step::Unsupported);
+            }
         })
     }
 
@@ -173,6 +175,17 @@ impl<M: Machine> Run<'_, M> {
     /// Writes the first bytes of `from` to a span: all MMIO first, because each
     /// piece ends the call; RAM when nothing can stop the instruction any more.
     pub(super) fn write(&mut self, span: &Span, from: &[u8]) -> Outcome<()> {
+        self.write_backed(span, from, Backing::Mmio)?;
+        self.write_backed(span, from, Backing::Ram)
+    }
+
+    /// Writes those of the bytes that lie in `backing`.
+    pub(super) fn write_backed(
+        &mut self,
+        span: &Span,
+        from: &[u8],
+        backing: Backing,
+    ) -> Outcome<()> {
         let [first, second] = span.parts;
         let Some((low, high)) = from.split_at_checked(usize::from(first.len)) else {
             return Err(Step::Unsupported);
@@ -180,15 +193,13 @@ impl<M: Machine> Run<'_, M> {
         let Some(high) = high.get(..usize::from(second.len)) else {
             return Err(Step::Unsupported);
         };
-        let halves = [(first, low), (second, high)];
-        for (part, bytes) in halves {
-            if part.write == Backing::Mmio {
-                self.write_mmio(part.gpa, bytes)?;
+        for (part, bytes) in [(first, low), (second, high)] {
+            if part.len == 0 || part.write != backing {
+                continue;
             }
-        }
-        for (part, bytes) in halves {
-            if part.len != 0 && part.write == Backing::Ram {
-                self.machine.write_ram(part.gpa, bytes)?;
+            match backing {
+                Backing::Mmio => self.write_mmio(part.gpa, bytes)?,
+                Backing::Ram => self.machine.write_ram(part.gpa, bytes)?,
             }
         }
         Ok(())

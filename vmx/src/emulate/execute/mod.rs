@@ -12,6 +12,7 @@ mod bits;
 mod flags;
 mod moves;
 mod muldiv;
+mod segment;
 mod shift;
 mod simd;
 mod stack;
@@ -50,6 +51,8 @@ enum Next {
     Sequential,
     /// A branch target, already checked.
     Jump(u64),
+    /// The target of IRET, which loaded RF.
+    Return(u64),
     /// Not complete: a repeated string instruction that stops between two
     /// iterations.
     Stay(Step),
@@ -66,6 +69,11 @@ pub fn execute<M: Machine>(insn: &Insn, machine: &mut M, log: &mut MmioLog) -> S
             run.retire(next)
         }
         Ok(Next::Jump(target)) => run.retire(target),
+        Ok(Next::Return(target)) => {
+            run.machine.set_rip(target);
+            run.log.clear();
+            Step::Done
+        }
         Ok(Next::Stay(step)) => {
             run.log.clear();
             step
@@ -176,6 +184,9 @@ impl<M: Machine> Run<'_, M> {
             Op::Call => return self.call(),
             Op::Jmp => return self.jump(),
             Op::Ret => return self.ret(),
+            Op::CallFar | Op::JmpFar => return self.far_branch(),
+            Op::RetFar => return self.far_return(),
+            Op::Iret => return self.interrupt_return(),
             _ => self.straight()?,
         }
         Ok(Next::Sequential)
@@ -220,7 +231,13 @@ impl<M: Machine> Run<'_, M> {
             Op::Pusha => self.push_all(),
             Op::Popa => self.pop_all(),
             Op::Pushf => self.push_flags(),
+            Op::Popf => self.pop_flags(),
+            Op::Enter => self.enter(),
             Op::Leave => self.leave(),
+            Op::LoadFar(seg) => self.load_far(seg),
+            Op::Sgdt | Op::Sidt | Op::Lgdt | Op::Lidt => self.descriptor_table(),
+            Op::Sldt | Op::Str | Op::Smsw => self.store_system(),
+            Op::MmxMove => self.mmx(),
             Op::VecMove
             | Op::VecMoveAligned
             | Op::VecLoad
@@ -230,7 +247,9 @@ impl<M: Machine> Run<'_, M> {
             | Op::VecMergeHigh
             | Op::VecBroadcast
             | Op::VecInsertHalf
-            | Op::VecExtractHalf => self.vector(),
+            | Op::VecExtractHalf
+            | Op::VecMasked
+            | Op::VecMaskedBytes => self.vector(),
             _ => self.data_move(),
         }
     }

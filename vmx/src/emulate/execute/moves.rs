@@ -6,12 +6,13 @@ use super::flags::{self, STATUS, ZF, condition, extend, mask, when};
 use super::{Outcome, Run};
 use crate::emulate::Step;
 use crate::emulate::insn::{Op, Operand};
-use crate::emulate::machine::{Gpr, Machine};
+use crate::emulate::machine::{Exception, Gpr, Machine};
 
 impl<M: Machine> Run<'_, M> {
     /// Dispatches the instructions of this file.
     pub(super) fn data_move(&mut self) -> Outcome<()> {
         match self.insn.op {
+            Op::Mov if let Operand::Seg(seg) = self.operand(0) => self.move_to_segment(seg),
             Op::Mov | Op::Movzx => self.mov(|value, _| value),
             Op::Movsx => self.mov(extend),
             Op::Movbe => self.mov(|value, size| {
@@ -28,6 +29,7 @@ impl<M: Machine> Run<'_, M> {
                 self.put(&destination, u64::from(holds))
             }
             Op::Cmov(code) => self.conditional_move(code),
+            Op::Bound => self.bound(),
             Op::Xlat => self.translate_byte(),
             Op::Hint => self.hint(),
             _ => Err(Step::Unsupported),
@@ -139,6 +141,24 @@ impl<M: Machine> Run<'_, M> {
             self.set_reg(Gpr::Rdx, half, (old >> width) as u64 & mask(half));
         }
         self.commit_flags(ZF, when(old == expected, ZF));
+        Ok(())
+    }
+
+    /// BOUND: an index outside its two bounds is #BR.
+    fn bound(&mut self) -> Outcome<()> {
+        let size = self.operand(0).size();
+        let index = extend(self.fetch(0)?, size) as i64;
+        let Operand::Mem(mem) = self.operand(1) else {
+            return Err(Step::Unsupported);
+        };
+        let span = self.memory(&mem, 0, Intent::Read)?;
+        let bounds = self.load(&span)? as u64;
+        let bits = u32::from(size).wrapping_mul(8);
+        let lower = extend(bounds, size) as i64;
+        let upper = extend(bounds.wrapping_shr(bits), size) as i64;
+        if index < lower || index > upper {
+            return Self::fault(Exception::BOUND);
+        }
         Ok(())
     }
 

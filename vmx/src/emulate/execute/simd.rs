@@ -1,22 +1,22 @@
-//! Vector moves between memory and XMM or YMM registers. SDM 2B "MOVAPS",
-//! "MOVDQU" and the rest; SDM 2A 2.4 "AVX and SSE Instruction Exception
-//! Classification".
+//! Vector moves between memory and MMX, XMM, YMM or ZMM registers. SDM 2B
+//! "MOVAPS", "MOVDQU" and the rest; SDM 2A 2.4 "AVX and SSE Instruction Exception
+//! Classification", 2.8 "Exception Classifications of EVEX-Encoded Instructions".
 
-use super::access::Intent;
+use core::ops::Range;
+
+use super::access::{Intent, Span};
 use super::{Outcome, Run};
 use crate::emulate::Step;
 use crate::emulate::insn::{Mem, Op, Operand};
-use crate::emulate::machine::{Exception, Machine};
+use crate::emulate::machine::{Backing, Exception, Machine, VectorBytes as Bytes};
 
 const CR0_EM: u64 = 1 << 2;
 const CR0_TS: u64 = 1 << 3;
 const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXSAVE: u64 = 1 << 18;
-/// XCR0's SSE and AVX bits.
+/// XCR0's SSE and AVX bits, and with them the three of AVX-512.
 const XCR0_AVX: u64 = 6;
-
-/// The low 256 bits of a vector register.
-type Bytes = [u8; 32];
+const XCR0_AVX512: u64 = 0xe6;
 
 /// Copies `from` into `to`, starting `at` bytes in.
 fn overlay(to: &mut Bytes, at: usize, from: &[u8]) {
@@ -25,38 +25,80 @@ fn overlay(to: &mut Bytes, at: usize, from: &[u8]) {
     }
 }
 
-/// The first `len` bytes, zeros above.
-fn low(value: &Bytes, len: u8) -> Bytes {
-    let mut out = [0; 32];
-    for (to, from) in out.iter_mut().zip(value).take(usize::from(len)) {
-        *to = *from;
+/// A bit for each of the first `len` bytes.
+const fn first(len: u8) -> u64 {
+    if len >= 64 {
+        u64::MAX
+    } else {
+        (1u64 << len).wrapping_sub(1)
     }
-    out
+}
+
+/// The bytes of `from` whose bits are set, those of `to` elsewhere.
+fn blend(to: &mut Bytes, from: &Bytes, bits: u64) {
+    for (at, (to, from)) in to.iter_mut().zip(from).enumerate() {
+        if bits.wrapping_shr(at as u32) & 1 != 0 {
+            *to = *from;
+        }
+    }
 }
 
 /// The bytes from `at` on, at the start.
 fn shifted_down(value: &Bytes, at: usize) -> Bytes {
-    let mut out = [0; 32];
+    let mut out = [0; 64];
     for (to, from) in out.iter_mut().zip(value.iter().skip(at)) {
         *to = *from;
     }
     out
 }
 
+fn low_u64(value: &Bytes) -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = *value;
+    u64::from_le_bytes([a, b, c, d, e, f, g, h])
+}
+
+/// A bit for each byte of the elements whose last byte has its sign bit set.
+fn chosen(by: &Bytes, len: u8, element: u8) -> u64 {
+    let mut bits = 0;
+    let mut at = 0u8;
+    while at < len {
+        let next = at.wrapping_add(element.max(1));
+        let sign = by.get(usize::from(next.wrapping_sub(1)));
+        if sign.is_some_and(|byte| *byte & 0x80 != 0) {
+            bits |= first(next) & !first(at);
+        }
+        at = next;
+    }
+    bits
+}
+
+/// A bit for each byte of the elements whose bit in `opmask` is set.
+fn spread(opmask: u64, element: u8) -> u64 {
+    let mut bits = 0;
+    for at in 0..64u8 {
+        let element_bit = opmask.wrapping_shr(u32::from(at >> element.trailing_zeros()));
+        bits |= (element_bit & 1).wrapping_shl(at.into());
+    }
+    bits
+}
+
+/// Does something with one run of bytes of an operand.
+type EachRun<'a, R> = dyn FnMut(&mut R, Range<usize>, &Span) -> Outcome<()> + 'a;
+
 impl<M: Machine> Run<'_, M> {
-    /// The instructions of this file.
+    /// The instructions of this file, but for MMX.
     pub(super) fn vector(&mut self) -> Outcome<()> {
+        if matches!(self.operand(1), Operand::Mmx(_)) {
+            // MASKMOVQ.
+            return self.mmx();
+        }
         self.check_enabled()?;
         match self.operand(0) {
             Operand::Vector { index, size } => self.vector_load(index, size),
-            Operand::Mem(mem) => {
-                let value = self.vector_result(&mem)?;
-                self.vector_write(&mem, &value)
-            }
+            Operand::Mem(mem) => self.vector_store(&mem),
             // MOVD and MOVQ to a general-purpose register.
             _ => {
-                let [a, b, c, d, e, f, g, h, ..] = self.vector_operand(1)?;
-                let value = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+                let value = low_u64(&self.vector_operand(1, 0)?);
                 let destination = self.place(0, Intent::Write)?;
                 self.put(&destination, value)
             }
@@ -66,11 +108,17 @@ impl<M: Machine> Run<'_, M> {
     /// #UD if the operating system has not enabled the registers, #NM if it
     /// switches them lazily.
     fn check_enabled(&self) -> Outcome<()> {
-        let usable = if self.insn.prefixes.vex {
-            self.machine.cr4() & CR4_OSXSAVE != 0 && self.machine.xcr0() & XCR0_AVX == XCR0_AVX
+        let prefixes = self.insn.prefixes;
+        let usable = if prefixes.vex {
+            let needed = if prefixes.evex { XCR0_AVX512 } else { XCR0_AVX };
+            self.machine.cr4() & CR4_OSXSAVE != 0 && self.machine.xcr0() & needed == needed
         } else {
             self.machine.cr4() & CR4_OSFXSR != 0 && self.machine.cr0() & CR0_EM == 0
         };
+        self.check_available(usable)
+    }
+
+    fn check_available(&self, usable: bool) -> Outcome<()> {
         if !usable {
             return Self::fault(Exception::INVALID_OPCODE);
         }
@@ -80,16 +128,15 @@ impl<M: Machine> Run<'_, M> {
         Ok(())
     }
 
-    /// The bytes of operand `n`; those above its size are zero for memory and
-    /// general-purpose registers.
-    fn vector_operand(&mut self, n: usize) -> Outcome<Bytes> {
-        let mut bytes = [0; 32];
+    /// The bytes of operand `n`; of memory those in `bits`. What is not read is
+    /// zero for memory and general-purpose registers.
+    fn vector_operand(&mut self, n: usize, bits: u64) -> Outcome<Bytes> {
+        let mut bytes = [0; 64];
         match self.operand(n) {
             Operand::Vector { index, .. } => bytes = self.machine.vector(index),
             Operand::Mem(mem) => {
-                self.check_vector_alignment(&mem)?;
-                let span = self.memory(&mem, 0, Intent::Read)?;
-                self.read(&span, &mut bytes)?;
+                self.check_vector_alignment(&mem, bits)?;
+                self.read_bytes(&mem, bits, &mut bytes)?;
             }
             _ => {
                 let value = self.fetch(n)?;
@@ -99,94 +146,203 @@ impl<M: Machine> Run<'_, M> {
         Ok(bytes)
     }
 
-    fn check_vector_alignment(&self, mem: &Mem) -> Outcome<()> {
+    /// Processors look at the alignment only if they move anything.
+    fn check_vector_alignment(&self, mem: &Mem, bits: u64) -> Outcome<()> {
         match self.insn.op {
-            Op::VecMoveAligned => self.require_alignment(mem, mem.size),
+            Op::VecMoveAligned if bits != 0 => self.require_alignment(mem, mem.size),
             _ => Ok(()),
+        }
+    }
+
+    /// Which of the `size` bytes of the operand the instruction moves.
+    fn moved(&self, size: u8) -> u64 {
+        let all = first(size);
+        if self.insn.op == Op::VecMasked {
+            let Operand::Vector { index, .. } = self.operand(1) else {
+                return 0;
+            };
+            let element = self.insn.mask.map_or(4, |mask| mask.element);
+            return chosen(&self.machine.vector(index), size, element);
+        }
+        match self.insn.mask {
+            Some(mask) => all & spread(self.machine.opmask(mask.register), mask.element),
+            None => all,
         }
     }
 
     /// Loads, and moves between registers. `size` is the destination's.
     fn vector_load(&mut self, index: u8, size: u8) -> Outcome<()> {
+        let op = self.insn.op;
         let vex = self.insn.prefixes.vex;
         let old = self.machine.vector(index);
         let source_size = self.operand(1).size();
-        let first = self.vector_operand(1)?;
-        let (value, len) = match self.insn.op {
-            Op::VecMove | Op::VecMoveAligned => (first, size),
-            Op::VecLoad => (low(&first, source_size), 16),
+        let source = if op == Op::VecMasked { 2 } else { 1 };
+        let bits = self.moved(self.operand(source).size());
+        let loaded = self.vector_operand(source, bits)?;
+        let (value, len) = match op {
+            Op::VecMove | Op::VecMoveAligned | Op::VecMasked => (loaded, size),
+            Op::VecLoad => (loaded, source_size),
             Op::VecMergeLow | Op::VecMergeHigh => {
-                let at = if self.insn.op == Op::VecMergeLow {
-                    0
-                } else {
-                    8
-                };
+                let at = if op == Op::VecMergeLow { 0 } else { 8 };
                 // With VEX the half that is kept comes from the second operand.
                 let (mut value, half) = if vex {
-                    (first, self.vector_operand(2)?)
+                    (loaded, self.vector_operand(2, first(8))?)
                 } else {
-                    (old, first)
+                    (old, loaded)
                 };
-                let [a, b, c, d, e, f, g, h, ..] = half;
-                overlay(&mut value, at, &[a, b, c, d, e, f, g, h]);
+                overlay(&mut value, at, &low_u64(&half).to_le_bytes());
                 (value, 16)
             }
             Op::VecBroadcast => {
-                let mut value = [0; 32];
+                let mut value = [0; 64];
                 let count = usize::from(source_size.max(1));
                 for chunk in value.chunks_exact_mut(count) {
-                    for (to, from) in chunk.iter_mut().zip(first) {
+                    for (to, from) in chunk.iter_mut().zip(loaded) {
                         *to = from;
                     }
                 }
                 (value, size)
             }
             Op::VecInsertHalf => {
-                let half = self.vector_operand(2)?;
+                let half = self.vector_operand(2, first(16))?;
                 let high = self.fetch(3)? & 1 != 0;
-                let [half, _] = halves(&half);
-                let mut value = first;
-                overlay(&mut value, if high { 16 } else { 0 }, &half);
+                let mut value = loaded;
+                let half = half.get(..16).unwrap_or_default();
+                overlay(&mut value, if high { 16 } else { 0 }, half);
                 (value, 32)
             }
             _ => return Err(Step::Unsupported),
         };
-        let mut result = low(&value, len);
+        let mut result = [0; 64];
+        let mut written = first(len);
+        if let Some(mask) = self.insn.mask {
+            written &= bits;
+            if !mask.zeroing {
+                blend(&mut result, &old, first(len));
+            }
+        }
         if !vex {
             // Legacy SSE leaves what is above the XMM register.
-            let [_, upper] = halves(&old);
-            overlay(&mut result, 16, &upper);
+            blend(&mut result, &old, !first(16));
         }
-        self.machine.set_vector(index, result, vex);
+        blend(&mut result, &value, written);
+        self.machine.set_vector(index, &result);
         Ok(())
     }
 
-    /// What a store writes to memory, in the first bytes.
-    fn vector_result(&mut self, mem: &Mem) -> Outcome<Bytes> {
-        self.check_vector_alignment(mem)?;
-        let source = self.vector_operand(1)?;
-        Ok(match self.insn.op {
-            Op::VecMove | Op::VecMoveAligned | Op::VecStore => source,
-            Op::VecStoreHigh => shifted_down(&source, 8),
+    /// Stores.
+    fn vector_store(&mut self, mem: &Mem) -> Outcome<()> {
+        let op = self.insn.op;
+        let from = if op == Op::VecMasked { 2 } else { 1 };
+        let source = self.vector_operand(from, 0)?;
+        let (value, bits) = match op {
+            Op::VecMove | Op::VecMoveAligned | Op::VecStore | Op::VecMasked => {
+                (source, self.moved(mem.size))
+            }
+            Op::VecMaskedBytes => {
+                let by = self.vector_operand(2, 0)?;
+                self.memory(mem, 0, Intent::Write)?;
+                (source, chosen(&by, mem.size, 1))
+            }
+            Op::VecStoreHigh => (shifted_down(&source, 8), first(8)),
             Op::VecExtractHalf => {
                 let high = self.fetch(2)? & 1 != 0;
-                shifted_down(&source, if high { 16 } else { 0 })
+                let at = if high { 16 } else { 0 };
+                (shifted_down(&source, at), first(16))
             }
             _ => return Err(Step::Unsupported),
-        })
+        };
+        self.check_vector_alignment(mem, bits)?;
+        self.write_bytes(mem, bits, &value)
     }
 
-    fn vector_write(&mut self, mem: &Mem, value: &Bytes) -> Outcome<()> {
-        let span = self.memory(mem, 0, Intent::Write)?;
-        self.write(&span, value)
+    /// Calls `each` for every run of bytes in `bits`, resolved: where it starts, how
+    /// many bytes it has. A run counts on from the operand's offset, which the
+    /// address size does not cut again.
+    fn runs(
+        &mut self,
+        mem: &Mem,
+        bits: u64,
+        intent: Intent,
+        each: &mut EachRun<'_, Self>,
+    ) -> Outcome<()> {
+        let offset = self.offset(mem, 0);
+        let mut rest = bits;
+        while rest != 0 {
+            let start = rest.trailing_zeros();
+            let size = (!rest.wrapping_shr(start)).trailing_zeros();
+            let size = size.min(64u32.wrapping_sub(start));
+            let at = offset.wrapping_add(start.into());
+            let span = self.segmented(mem.seg, at, size as u8, intent)?;
+            let end = start.wrapping_add(size) as usize;
+            each(self, start as usize..end, &span)?;
+            rest &= !first(size as u8).wrapping_shl(start);
+        }
+        Ok(())
     }
-}
 
-/// The two 128-bit halves.
-fn halves(value: &Bytes) -> [[u8; 16]; 2] {
-    let mut out = [[0; 16]; 2];
-    for (to, from) in out.iter_mut().flatten().zip(value) {
-        *to = *from;
+    /// Reads the bytes of an operand whose bits are set. All runs are checked
+    /// before the first is read.
+    fn read_bytes(&mut self, mem: &Mem, bits: u64, into: &mut Bytes) -> Outcome<()> {
+        self.runs(mem, bits, Intent::Read, &mut |_, _, _| Ok(()))?;
+        self.runs(
+            mem,
+            bits,
+            Intent::Read,
+            &mut |run, place, span| match into.get_mut(place) {
+                Some(bytes) => run.read(span, bytes),
+                None => Err(Step::Unsupported),
+            },
+        )
     }
-    out
+
+    /// Writes the bytes of an operand whose bits are set: device memory first,
+    /// because each piece ends the call.
+    fn write_bytes(&mut self, mem: &Mem, bits: u64, from: &Bytes) -> Outcome<()> {
+        self.runs(mem, bits, Intent::Write, &mut |_, _, _| Ok(()))?;
+        for backing in [Backing::Mmio, Backing::Ram] {
+            self.runs(
+                mem,
+                bits,
+                Intent::Write,
+                &mut |run, place, span| match from.get(place) {
+                    Some(bytes) => run.write_backed(span, bytes, backing),
+                    None => Err(Step::Unsupported),
+                },
+            )?;
+        }
+        Ok(())
+    }
+
+    /// MMX moves and MASKMOVQ. MASKMOVQ and MASKMOVDQU fault for bytes they do not
+    /// store too, as processors do (SDM 2B "MASKMOVDQU" leaves it open). SDM 3A 13.3 "Saving and Restoring the MMX State and
+    /// Registers", 13.1 "Emulation of the MMX Instruction Set".
+    pub(super) fn mmx(&mut self) -> Outcome<()> {
+        self.check_available(self.machine.cr0() & CR0_EM == 0)?;
+        if self.machine.x87_error() {
+            return Self::fault(Exception::FLOATING_POINT);
+        }
+        let source = match self.operand(1) {
+            Operand::Mmx(index) => self.machine.mmx(index),
+            _ => self.fetch(1)?,
+        };
+        let write = match (self.operand(0), self.operand(2)) {
+            (Operand::Mmx(index), _) => Some((index, source)),
+            (Operand::Mem(mem), Operand::Mmx(by)) => {
+                let (mut value, mut chooser) = ([0; 64], [0; 64]);
+                overlay(&mut value, 0, &source.to_le_bytes());
+                overlay(&mut chooser, 0, &self.machine.mmx(by).to_le_bytes());
+                self.memory(&mem, 0, Intent::Write)?;
+                self.write_bytes(&mem, chosen(&chooser, 8, 1), &value)?;
+                None
+            }
+            _ => {
+                let destination = self.place(0, Intent::Write)?;
+                self.put(&destination, source)?;
+                None
+            }
+        };
+        self.machine.end_mmx(write);
+        Ok(())
+    }
 }

@@ -9,6 +9,10 @@ use crate::emulate::Step;
 use crate::emulate::insn::Operand;
 use crate::emulate::machine::{Exception, Gpr, Machine, Seg};
 
+/// The flags POPF loads at CPL 0: SDM 2B "POPF/POPFD/POPFQ", table 4-16. ID, AC, NT,
+/// IOPL, OF, DF, IF, TF and the status flags.
+const FLAGS_LOADED: u64 = 0x24_7fd5;
+const FLAG_IF: u64 = 1 << 9;
 /// RFLAGS.VM, RFLAGS.IOPL, CR4.VME, and the B bit in SS' access rights.
 const FLAG_VM: u64 = 1 << 17;
 const FLAG_IOPL: u64 = 3 << 12;
@@ -55,7 +59,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// Room for `size` bytes on top of the stack, and the new stack pointer.
-    fn room(&mut self, size: u8) -> Outcome<(Span, u64)> {
+    pub(super) fn room(&mut self, size: u8) -> Outcome<(Span, u64)> {
         let width = self.stack_size();
         let top = self.machine.gpr(Gpr::Rsp).wrapping_sub(u64::from(size));
         let top = truncate(top, width);
@@ -63,14 +67,14 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// The `size` bytes on top of the stack, and the stack pointer after them.
-    fn top(&mut self, size: u8) -> Outcome<(Span, u64)> {
+    pub(super) fn top(&mut self, size: u8) -> Outcome<(Span, u64)> {
         let width = self.stack_size();
         let top = truncate(self.machine.gpr(Gpr::Rsp), width);
         let span = self.segmented(Seg::Ss, top, size, Intent::Read)?;
         Ok((span, truncate(top.wrapping_add(u64::from(size)), width)))
     }
 
-    fn set_stack_pointer(&mut self, value: u64) {
+    pub(super) fn set_stack_pointer(&mut self, value: u64) {
         let width = self.stack_size();
         self.set_reg(Gpr::Rsp, width, value);
     }
@@ -85,6 +89,9 @@ impl<M: Machine> Run<'_, M> {
     /// PUSH.
     pub(super) fn push(&mut self) -> Outcome<()> {
         let size = self.element_size();
+        if let Operand::Seg(seg) = self.operand(0) {
+            return self.push_segment(seg, size);
+        }
         let source = self.place(0, Intent::Read)?;
         // Find the stack's faults before a device is read.
         self.room(size)?;
@@ -92,10 +99,31 @@ impl<M: Machine> Run<'_, M> {
         self.push_value(value, size)
     }
 
+    /// PUSH of a segment register: processors write the selector's two bytes and
+    /// leave what is above them (SDM 2B "PUSH").
+    fn push_segment(&mut self, seg: Seg, size: u8) -> Outcome<()> {
+        let selector = self.machine.segment(seg).selector;
+        let width = self.stack_size();
+        let top = self.machine.gpr(Gpr::Rsp).wrapping_sub(u64::from(size));
+        let top = truncate(top, width);
+        let span = self.segmented(Seg::Ss, top, 2, Intent::Write)?;
+        self.store(&span, u128::from(selector))?;
+        self.set_stack_pointer(top);
+        Ok(())
+    }
+
     /// POP. A destination addressed through rSP uses its new value; a
     /// destination that is rSP keeps what was popped.
     pub(super) fn pop(&mut self) -> Outcome<()> {
         let (span, top) = self.top(self.element_size())?;
+        if let Operand::Seg(seg) = self.operand(0) {
+            let selector = self.load(&span)? as u16;
+            // A new SS may have another size of stack pointer: set the old one.
+            let width = self.stack_size();
+            self.load_segment(seg, selector)?;
+            self.set_reg(Gpr::Rsp, width, top);
+            return Ok(());
+        }
         let destination = match self.operand(0) {
             Operand::Mem(mem) => {
                 let moved = if mem.base == Some(Gpr::Rsp) {
@@ -160,6 +188,13 @@ impl<M: Machine> Run<'_, M> {
     /// PUSHF. In virtual-8086 mode it needs IOPL 3; with CR4.VME and a lower
     /// IOPL it would push the virtual interrupt flag, which is not emulated.
     pub(super) fn push_flags(&mut self) -> Outcome<()> {
+        self.check_flag_access()?;
+        let flags = self.machine.rflags();
+        self.push_value(flags & !(FLAG_VM | RESUME), self.element_size())
+    }
+
+    /// PUSHF, POPF and IRET in virtual-8086 mode.
+    pub(super) fn check_flag_access(&self) -> Outcome<()> {
         let flags = self.machine.rflags();
         if flags & FLAG_VM != 0 && flags & FLAG_IOPL != FLAG_IOPL {
             if self.machine.cr4() & CR4_VME != 0 {
@@ -167,7 +202,96 @@ impl<M: Machine> Run<'_, M> {
             }
             return Self::fault(Exception::PROTECTION);
         }
-        self.push_value(flags & !(FLAG_VM | RESUME), self.element_size())
+        Ok(())
+    }
+
+    /// POPF.
+    pub(super) fn pop_flags(&mut self) -> Outcome<()> {
+        self.check_flag_access()?;
+        let size = self.element_size();
+        let (span, top) = self.top(size)?;
+        let value = self.load(&span)? as u64;
+        self.set_stack_pointer(top);
+        self.set_flags(value, size, 0);
+        Ok(())
+    }
+
+    /// Loads `size` bytes of RFLAGS as POPF and IRET do, with `more` flags that only
+    /// the caller may change: IOPL only at CPL 0, IF only up to IOPL.
+    pub(super) fn set_flags(&mut self, value: u64, size: u8, more: u64) {
+        let old = self.machine.rflags();
+        let cpl = u64::from(self.machine.cpl());
+        let mut writable = FLAGS_LOADED | more;
+        if cpl != 0 {
+            writable &= !FLAG_IOPL;
+        }
+        if cpl > old >> 12 & 3 {
+            writable &= !FLAG_IF;
+        }
+        self.commit_flags(writable & mask(size), value);
+    }
+
+    /// ENTER. The frame pointer, the copied frame pointers and the new one go onto
+    /// the stack as one access; deep nesting does not fit into one.
+    pub(super) fn enter(&mut self) -> Outcome<()> {
+        let (size, width) = (self.element_size(), self.stack_size());
+        let (Operand::Imm(locals), Operand::Imm(level)) = (self.operand(0), self.operand(1)) else {
+            return Err(Step::Unsupported);
+        };
+        let level = level as u8 & 31;
+        let count = level.wrapping_add(1);
+        let mut bytes = [0u8; 64];
+        let used = usize::from(size).wrapping_mul(count.into());
+        if used > bytes.len() {
+            return Err(Step::Unsupported);
+        }
+        let old_top = self.machine.gpr(Gpr::Rsp);
+        let frame = truncate(old_top.wrapping_sub(size.into()), width);
+        // Pushed one by one, so the highest faults first.
+        for index in 0..u64::from(count) {
+            let place = frame.wrapping_sub(index.wrapping_mul(size.into()));
+            self.segmented(Seg::Ss, truncate(place, width), size, Intent::Write)?;
+        }
+        // On a 16-bit stack the rest of the stack pointer stays.
+        let kept = if width == 2 { old_top & !0xffff } else { 0 };
+        let frame = kept | frame;
+        let (room, bottom) = self.room(used as u8)?;
+        // A write at the final stack pointer must be possible.
+        let top = truncate(bottom.wrapping_sub(locals), width);
+        self.segmented(Seg::Ss, top, size, Intent::Write)?;
+        let frame_pointer = self.machine.gpr(Gpr::Rbp);
+        let mut from = frame_pointer;
+        for index in 0..count {
+            // The first is the highest.
+            let at = usize::from(level.wrapping_sub(index)).wrapping_mul(size.into());
+            let value = if index == 0 {
+                frame_pointer
+            } else if index == level {
+                frame
+            } else {
+                from = from.wrapping_sub(size.into());
+                let source = truncate(from, width);
+                let span = self.segmented(Seg::Ss, source, size, Intent::Read)?;
+                let mut copied = (self.load(&span)? as u64).to_le_bytes();
+                // What was pushed a moment ago is not in memory yet.
+                let pushed = at.wrapping_add(size.into());
+                for (ahead, byte) in (source.wrapping_sub(bottom)..).zip(copied.iter_mut()) {
+                    let place = usize::try_from(ahead).unwrap_or(used);
+                    if (pushed..used).contains(&place) {
+                        *byte = bytes.get(place).copied().unwrap_or(0);
+                    }
+                }
+                u64::from_le_bytes(copied) & mask(size)
+            };
+            let to = bytes.iter_mut().skip(at).take(size.into());
+            for (to, from) in to.zip(value.to_le_bytes()) {
+                *to = from;
+            }
+        }
+        self.write(&room, &bytes)?;
+        self.set_reg(Gpr::Rbp, size, frame);
+        self.set_stack_pointer(top);
+        Ok(())
     }
 
     /// LEAVE.

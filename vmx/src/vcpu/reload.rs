@@ -1,0 +1,136 @@
+//! What an emulated instruction reads and changes in the VMCS besides the
+//! registers every instruction has: segments, descriptor tables, blocking.
+//!
+//! The emulator works without the VMCS; what it sets is kept here until the
+//! instruction is done.
+
+use super::Inner;
+use super::state::{self, SegmentFields};
+use super::vmcs::Current;
+use crate::arch::field;
+use crate::arch::reg::Interruptibility;
+use crate::emulate::{Blocking, Seg, SegmentState, Table};
+use crate::host::Host;
+
+/// The fields of ES to GS, by their numbers in instructions.
+pub const SEGMENTS: [SegmentFields; 6] = [
+    state::ES,
+    state::CS,
+    state::SS,
+    state::DS,
+    state::FS,
+    state::GS,
+];
+
+/// Reads one segment register.
+pub fn read<H: Host>(fields: SegmentFields, current: &Current<'_, H>) -> SegmentState {
+    let value = fields.read(current);
+    SegmentState {
+        selector: value.selector,
+        base: value.base,
+        limit: value.limit,
+        access: value.ar,
+    }
+}
+
+/// The descriptor-table registers, in the order of [`Table`].
+pub type Tables = [SegmentState; 4];
+
+/// Reads them.
+pub fn tables<H: Host>(current: &Current<'_, H>) -> Tables {
+    let table = |base, limit| SegmentState {
+        base,
+        limit,
+        ..SegmentState::default()
+    };
+    [
+        table(
+            current.read(field::GUEST_GDTR_BASE),
+            current.read(field::GUEST_GDTR_LIMIT),
+        ),
+        read(state::LDTR, current),
+        table(
+            current.read(field::GUEST_IDTR_BASE),
+            current.read(field::GUEST_IDTR_LIMIT),
+        ),
+        read(state::TR, current),
+    ]
+}
+
+/// Changes that wait for the VMCS.
+#[derive(Default)]
+pub struct Reload {
+    segments: [Option<SegmentState>; 6],
+    gdtr: Option<(u64, u16)>,
+    idtr: Option<(u64, u16)>,
+    blocking: Option<Blocking>,
+    any: bool,
+}
+
+impl Reload {
+    /// A segment register gets a new value.
+    pub fn set_segment(&mut self, seg: Seg, state: SegmentState) {
+        if let Some(slot) = self.segments.get_mut(seg.number()) {
+            *slot = Some(state);
+        }
+        self.any = true;
+    }
+
+    /// GDTR or IDTR does.
+    pub fn set_table(&mut self, table: Table, base: u64, limit: u16) {
+        match table {
+            Table::Gdt => self.gdtr = Some((base, limit)),
+            _ => self.idtr = Some((base, limit)),
+        }
+        self.any = true;
+    }
+
+    /// Interrupts are blocked, or no longer.
+    pub fn set_blocking(&mut self, blocking: Blocking) {
+        self.blocking = Some(blocking);
+        self.any = true;
+    }
+
+    /// There is something to apply.
+    pub fn is_needed(&self) -> bool {
+        self.any
+    }
+
+    /// Writes the changes of a completed instruction. SS keeps interrupts and
+    /// debug traps back for one more instruction (SDM 6.8.3 "Masking Exceptions and
+    /// Interrupts When Switching Stacks").
+    pub fn apply<H: Host>(&self, inner: &mut Inner<H>, current: &Current<'_, H>) {
+        for (fields, state) in SEGMENTS.iter().zip(&self.segments) {
+            if let Some(state) = state {
+                fields.load(
+                    current,
+                    state.selector,
+                    state.base,
+                    state.limit,
+                    state.access,
+                );
+            }
+        }
+        if let Some((base, limit)) = self.gdtr {
+            current.write(field::GUEST_GDTR_BASE, base);
+            current.write(field::GUEST_GDTR_LIMIT, limit.into());
+        }
+        if let Some((base, limit)) = self.idtr {
+            current.write(field::GUEST_IDTR_BASE, base);
+            current.write(field::GUEST_IDTR_LIMIT, limit.into());
+        }
+        let Some(blocking) = self.blocking else {
+            return;
+        };
+        let old = current.read(field::GUEST_INTERRUPTIBILITY);
+        let new = match blocking {
+            Blocking::MovSs => {
+                inner.completed = false;
+                inner.step_due = inner.debug.steps();
+                (old & !Interruptibility::STI.bits()) | Interruptibility::MOV_SS.bits()
+            }
+            Blocking::NmiEnds => old & !Interruptibility::NMI.bits(),
+        };
+        current.write(field::GUEST_INTERRUPTIBILITY, new);
+    }
+}
