@@ -230,21 +230,21 @@ fn vector_registers_must_be_enabled() {
 
 #[test]
 fn vector_moves_keep_or_clear_what_is_above() {
-    let start = [0xeeu8; 32];
+    let start = [0xeeu8; 64];
     let with = |code: &[u8]| {
         let mut fake = machine(Mode::Bits64);
         let bytes: Vec<u8> = (1..=64).collect();
         fake.poke(PAGE, &bytes);
-        fake.vectors = [start; 16];
+        fake.vectors = [start; 32];
         assert_eq!(
             run(&mut fake, Mode::Bits64, code),
             Step::Done,
             "{code:02x?}"
         );
-        (fake.vector(0), fake.cleared_above[0])
+        fake.vector(0)
     };
     let expect = |first: usize, fill: u8, rest: u8| {
-        let mut out = [rest; 32];
+        let mut out = [rest; 64];
         out[..16].fill(fill);
         for (i, byte) in out[..first].iter_mut().enumerate() {
             *byte = i as u8 + 1;
@@ -252,15 +252,123 @@ fn vector_moves_keep_or_clear_what_is_above() {
         out
     };
     // Legacy SSE keeps bits 255:128, VEX clears everything above.
-    assert_eq!(with(&[0x0f, 0x10, 0x03]), (expect(16, 0, 0xee), false));
-    assert_eq!(with(&[0xc5, 0xf8, 0x10, 0x03]), (expect(16, 0, 0), true));
-    assert_eq!(with(&[0xc5, 0xfc, 0x10, 0x03]), (expect(32, 0, 0), true));
+    assert_eq!(with(&[0x0f, 0x10, 0x03]), expect(16, 0, 0xee));
+    assert_eq!(with(&[0xc5, 0xf8, 0x10, 0x03]), expect(16, 0, 0));
+    assert_eq!(with(&[0xc5, 0xfc, 0x10, 0x03]), expect(32, 0, 0));
+    // EVEX of each length.
+    assert_eq!(
+        with(&[0x62, 0xf1, 0x7c, 0x08, 0x10, 0x03]),
+        expect(16, 0, 0)
+    );
+    assert_eq!(
+        with(&[0x62, 0xf1, 0x7c, 0x28, 0x10, 0x03]),
+        expect(32, 0, 0)
+    );
+    assert_eq!(
+        with(&[0x62, 0xf1, 0x7c, 0x48, 0x10, 0x03]),
+        expect(64, 0, 0)
+    );
     // Loads of an element clear the rest of the XMM register.
-    assert_eq!(with(&[0xf3, 0x0f, 0x10, 0x03]), (expect(4, 0, 0xee), false));
-    assert_eq!(with(&[0xf2, 0x0f, 0x10, 0x03]), (expect(8, 0, 0xee), false));
-    assert_eq!(with(&[0xf3, 0x0f, 0x7e, 0x03]), (expect(8, 0, 0xee), false));
+    assert_eq!(with(&[0xf3, 0x0f, 0x10, 0x03]), expect(4, 0, 0xee));
+    assert_eq!(with(&[0xf2, 0x0f, 0x10, 0x03]), expect(8, 0, 0xee));
+    assert_eq!(with(&[0xf3, 0x0f, 0x7e, 0x03]), expect(8, 0, 0xee));
     // MOVLPS keeps the other half.
-    assert_eq!(with(&[0x0f, 0x12, 0x03]), (expect(8, 0xee, 0xee), false));
+    assert_eq!(with(&[0x0f, 0x12, 0x03]), expect(8, 0xee, 0xee));
+}
+
+/// What a mask leaves out is neither read nor written, and cannot fault.
+#[test]
+fn masked_moves_touch_what_the_mask_says() {
+    const EDGE: u64 = PAGE + 0x1ff0;
+    // vmovdqu8 zmm0{k1}, [rbx]; with {z}; vmovdqu8 [rbx]{k1}, zmm0
+    let merging = [0x62, 0xf1, 0x7f, 0x49, 0x6f, 0x03];
+    let zeroing = [0x62, 0xf1, 0x7f, 0xc9, 0x6f, 0x03];
+    let store = [0x62, 0xf1, 0x7f, 0x49, 0x7f, 0x03];
+    let machine = |at: u64, mask: u64| {
+        let mut fake = machine(Mode::Bits64);
+        let bytes: Vec<u8> = (1..=16).collect();
+        fake.poke(EDGE, &bytes);
+        fake.gpr[Gpr::Rbx.number()] = at;
+        fake.vectors[0] = [0xee; 64];
+        fake.opmasks[1] = mask;
+        fake
+    };
+    for (code, rest) in [(merging, 0xee), (zeroing, 0)] {
+        // 16 bytes are there, and the page behind is not.
+        let mut fake = machine(EDGE, 0xf00f);
+        assert_eq!(run(&mut fake, Mode::Bits64, &code), Step::Done);
+        let mut wanted = [rest; 64];
+        wanted[..4].copy_from_slice(&[1, 2, 3, 4]);
+        wanted[12..16].copy_from_slice(&[13, 14, 15, 16]);
+        assert_eq!(fake.vectors[0], wanted);
+        let mut fake = machine(EDGE, 1 << 16);
+        let fault = run(&mut fake, Mode::Bits64, &code);
+        assert_eq!(fault, Step::Fault(Exception::page_fault(0, PAGE + 0x2000)));
+        assert_eq!(fake.vectors[0], [0xee; 64]);
+    }
+    let mut fake = machine(EDGE, 0xf00f);
+    assert_eq!(run(&mut fake, Mode::Bits64, &store), Step::Done);
+    let wanted = [
+        0xee, 0xee, 0xee, 0xee, 5, 6, 7, 8, 9, 10, 11, 12, 0xee, 0xee, 0xee, 0xee,
+    ];
+    assert_eq!(fake.peek(EDGE, 16), wanted);
+    // Device memory sees the chosen bytes only, in the pieces it knows; the RAM
+    // behind it is written last.
+    let mut fake = machine(PAGE + 0xff0, 0x3_f00c);
+    let (step, asked) = fake.run(&decode(&store, Mode::Bits64).expect("emulated"));
+    let write = |at: u64, size: u8| Step::Write {
+        gpa: PAGE + 0xff0 + at,
+        size,
+        value: u64::MAX >> (64 - 8 * u32::from(size)) & 0xeeee_eeee_eeee_eeee,
+    };
+    assert_eq!((step, asked), (Step::Done, vec![write(2, 2), write(12, 4)]));
+    assert_eq!(fake.peek(PAGE + 0x1000, 3), [0xee, 0xee, 0]);
+    // Every second byte, all of them requests.
+    let mut fake = machine(PAGE, 0x5555_5555_5555_5555);
+    let (step, asked) = fake.run(&decode(&store, Mode::Bits64).expect("emulated"));
+    assert_eq!((step, asked.len()), (Step::Done, 32));
+    // Nothing chosen, nothing there.
+    let mut fake = machine(1 << 32, 0);
+    assert_eq!(run(&mut fake, Mode::Bits64, &store), Step::Done);
+}
+
+#[test]
+fn avx_512_must_be_enabled() {
+    // vmovdqu64 zmm0, [rbx]
+    let code = [0x62, 0xf1, 0xfe, 0x48, 0x6f, 0x03];
+    for (xcr0, wanted) in [
+        (0xe7, Step::Done),
+        (7, UD),
+        (0x67, UD),
+        (0xa7, UD),
+        (0xc7, UD),
+    ] {
+        let mut fake = machine(Mode::Bits64);
+        fake.xcr0 = xcr0;
+        assert_eq!(run(&mut fake, Mode::Bits64, &code), wanted, "{xcr0:#x}");
+    }
+}
+
+#[test]
+fn mmx_needs_the_x87_unit() {
+    const MF: Step = Step::Fault(Exception::FLOATING_POINT);
+    // movq mm3, [rbx]; movq [rbx], mm3; movntq [rbx], mm3
+    for code in [[0x0f, 0x6f, 0x1b], [0x0f, 0x7f, 0x1b], [0x0f, 0xe7, 0x1b]] {
+        let with = |change: fn(&mut Fake)| {
+            let mut fake = machine(Mode::Bits32);
+            fake.mmx[3] = 0x1122_3344_5566_7788;
+            change(&mut fake);
+            let step = run(&mut fake, Mode::Bits32, &code);
+            assert_eq!(fake.mmx_ended, u32::from(step == Step::Done));
+            step
+        };
+        assert_eq!(with(|_| {}), Step::Done);
+        // CR4.OSFXSR says nothing about MMX.
+        assert_eq!(with(|fake| fake.cr4 = 0), Step::Done);
+        assert_eq!(with(|fake| fake.cr0 |= 4), UD);
+        assert_eq!(with(|fake| fake.cr0 |= 8), NM);
+        assert_eq!(with(|fake| fake.x87_error = true), MF);
+    }
 }
 
 #[test]

@@ -211,7 +211,7 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut c_
     let area = context.uc_mcontext.fpregs.cast::<u8>();
     // SAFETY: the kernel saved an XSAVE area there; its first 512 bytes tell how
     // long it is (the kernel's struct _fpx_sw_bytes, extended_size).
-    let length = unsafe { area.add(LENGTH).cast::<u32>().read_unaligned() } as usize;
+    let length = unsafe { area.wrapping_add(LENGTH).cast::<u32>().read_unaligned() } as usize;
     // SAFETY: as long as the kernel says; the processor has AVX, which `Host::new`
     // checked, so it is more than the legacy region.
     let area = unsafe { std::slice::from_raw_parts_mut(area, length.min(FP_LEN)) };
