@@ -111,6 +111,7 @@ impl<H: Host> Extended<H> {
         Ok(this)
     }
 
+    #[inline(never)]
     fn put(&mut self, offset: usize, bytes: &[u8]) {
         for (i, byte) in bytes.iter().enumerate() {
             let at = offset.wrapping_add(i);
@@ -123,6 +124,7 @@ impl<H: Host> Extended<H> {
         }
     }
 
+    #[inline(never)]
     fn take(&self, offset: usize, bytes: &mut [u8]) {
         for (i, byte) in bytes.iter_mut().enumerate() {
             let at = offset.wrapping_add(i);
@@ -233,6 +235,7 @@ impl<H: Host> Extended<H> {
     }
 
     /// Reads a piece of a component; zeros if it is in its initial state.
+    #[inline(never)]
     fn take_component(&self, component: Xcr0, offset: usize, bytes: &mut [u8]) {
         if self.in_use() & component.bits() != 0 {
             self.take(offset, bytes);

@@ -31,6 +31,7 @@ pub enum DecodeError {
 ///
 /// # Errors
 /// See [`DecodeError`].
+#[inline(never)]
 pub fn decode(bytes: &[u8], mode: Mode) -> Result<Insn, DecodeError> {
     let mut cursor = Cursor { bytes, at: 0 };
     let head = prefix::parse(&mut cursor, mode)?;
@@ -76,6 +77,7 @@ impl Cursor<'_> {
             .ok_or(DecodeError::TooShort)
     }
 
+    #[inline(never)]
     fn byte(&mut self) -> Result<u8, DecodeError> {
         let byte = self.peek()?;
         self.at = self.at.wrapping_add(1);
@@ -83,6 +85,7 @@ impl Cursor<'_> {
     }
 
     /// A little-endian number of `size` bytes, zero-extended.
+    #[inline(never)]
     fn unsigned(&mut self, size: u8) -> Result<u64, DecodeError> {
         let mut value = [0u8; 8];
         for to in value.iter_mut().take(usize::from(size)) {

@@ -73,6 +73,7 @@ impl Sizes {
 }
 
 /// Builds the operands of a form, reading what is left of the instruction.
+#[inline(never)]
 pub(super) fn operands(
     cursor: &mut Cursor<'_>,
     head: &Head,
@@ -93,6 +94,7 @@ pub(super) fn operands(
     Ok(out)
 }
 
+#[inline(never)]
 fn operand(
     cursor: &mut Cursor<'_>,
     head: &Head,
@@ -203,6 +205,7 @@ fn gpr(number: u8, size: u8, head: &Head) -> Operand {
     }
 }
 
+#[inline(never)]
 fn memory(cursor: &mut Cursor<'_>, head: &Head, sizes: &Sizes) -> Result<Mem, DecodeError> {
     let mut mem = if sizes.address == 2 {
         memory16(cursor, sizes.modrm)?
@@ -244,6 +247,7 @@ fn memory16(cursor: &mut Cursor<'_>, modrm: ModRm) -> Result<Mem, DecodeError> {
     })
 }
 
+#[inline(never)]
 fn memory32(cursor: &mut Cursor<'_>, head: &Head, sizes: &Sizes) -> Result<Mem, DecodeError> {
     let modrm = sizes.modrm;
     let mut rip_relative = false;

@@ -106,6 +106,7 @@ pub(super) struct Form {
     pub(super) args: [Arg; 4],
 }
 
+#[inline(never)]
 pub(super) fn form(op: Op, args: &[Arg]) -> Option<Form> {
     let mut out = [Arg::None; 4];
     for (to, from) in out.iter_mut().zip(args) {
@@ -222,6 +223,7 @@ fn bit_op(number: u8) -> Op {
     }
 }
 
+#[inline(never)]
 fn one(opcode: u8, modrm: ModRm, mode: Mode) -> Option<Form> {
     let long = mode == Mode::Bits64;
     let width = width_of(opcode);
@@ -370,6 +372,7 @@ fn system(opcode: u8, modrm: ModRm) -> Option<Form> {
     }
 }
 
+#[inline(never)]
 fn two(head: &Head, modrm: ModRm) -> Option<Form> {
     let opcode = head.opcode;
     let width = width_of(opcode);
@@ -425,6 +428,7 @@ fn cache_line(mandatory: Mandatory, modrm: ModRm) -> Option<Form> {
     }
 }
 
+#[inline(never)]
 fn three_38(head: &Head, modrm: ModRm, mode: Mode) -> Option<Form> {
     use Mandatory as P;
     let memory = !modrm.is_register();

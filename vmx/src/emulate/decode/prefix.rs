@@ -70,6 +70,7 @@ impl Head {
 }
 
 /// Reads prefixes and opcode.
+#[inline(never)]
 pub(super) fn parse(cursor: &mut Cursor<'_>, mode: Mode) -> Result<Head, DecodeError> {
     let mut prefixes = Prefixes {
         lock: false,
@@ -154,6 +155,7 @@ fn parse_legacy(
     })
 }
 
+#[inline(never)]
 fn parse_vex(
     cursor: &mut Cursor<'_>,
     mode: Mode,
@@ -196,6 +198,7 @@ fn parse_vex(
     })
 }
 
+#[inline(never)]
 fn parse_evex(
     cursor: &mut Cursor<'_>,
     mode: Mode,

@@ -172,6 +172,7 @@ fn vex_two(head: &Head, modrm: ModRm) -> Option<(Vex, Form)> {
     Some((vex, found))
 }
 
+#[inline(never)]
 fn vex_three_38(head: &Head, modrm: ModRm) -> Option<(Vex, Form)> {
     use Mandatory as P;
     let memory = !modrm.is_register();
@@ -236,6 +237,7 @@ fn vex_three_38(head: &Head, modrm: ModRm) -> Option<(Vex, Form)> {
     found.map(|found| (vex, found))
 }
 
+#[inline(never)]
 fn vex_three_3a(head: &Head, modrm: ModRm) -> Option<(Vex, Form)> {
     let memory = !modrm.is_register();
     let w0 = !head.wide;

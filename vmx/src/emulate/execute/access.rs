@@ -73,6 +73,7 @@ pub(super) enum Place {
 
 impl<M: Machine> Run<'_, M> {
     /// Resolves an operand of at most 8 bytes.
+    #[inline(never)]
     pub(super) fn resolve(&mut self, operand: Operand, intent: Intent) -> Outcome<Place> {
         Ok(match operand {
             Operand::Reg { reg, size } => Place::Reg { reg, size },
@@ -91,6 +92,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// Translates `size` bytes (1 to 64) and finds out what backs them.
+    #[inline(never)]
     pub(super) fn span(&mut self, linear: u64, size: u8, intent: Intent) -> Outcome<Span> {
         let to_page_end = 0x1000u64.wrapping_sub(linear & 0xfff);
         let first_len = u64::from(size).min(to_page_end) as u8;
@@ -111,6 +113,7 @@ impl<M: Machine> Run<'_, M> {
         })
     }
 
+    #[inline(never)]
     fn part(&mut self, linear: u64, len: u8, intent: Intent) -> Outcome<Part> {
         let access = Access {
             write: intent != Intent::Read,
@@ -149,6 +152,7 @@ impl<M: Machine> Run<'_, M> {
         Ok(())
     }
 
+    #[inline(never)]
     fn read_mmio(&mut self, gpa: u64, into: &mut [u8]) -> Outcome<()> {
         let mut gpa = gpa;
         let mut rest = into;
@@ -180,6 +184,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// Writes those of the bytes that lie in `backing`.
+    #[inline(never)]
     pub(super) fn write_backed(
         &mut self,
         span: &Span,
@@ -205,6 +210,7 @@ impl<M: Machine> Run<'_, M> {
         Ok(())
     }
 
+    #[inline(never)]
     fn write_mmio(&mut self, gpa: u64, from: &[u8]) -> Outcome<()> {
         let mut gpa = gpa;
         let mut rest = from;
@@ -233,6 +239,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// Reads a span of at most 16 bytes as a number.
+    #[inline(never)]
     pub(super) fn load(&mut self, span: &Span) -> Outcome<u128> {
         let mut bytes = [0u8; 16];
         self.read(span, &mut bytes)?;
@@ -240,11 +247,13 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// Writes a number to a span of at most 16 bytes.
+    #[inline(never)]
     pub(super) fn store(&mut self, span: &Span, value: u128) -> Outcome<()> {
         self.write(span, &value.to_le_bytes())
     }
 
     /// The value of a resolved operand, zero-extended.
+    #[inline(never)]
     pub(super) fn get(&mut self, place: &Place) -> Outcome<u64> {
         Ok(match place {
             Place::Reg { reg, size } => self.reg(*reg, *size),
@@ -255,6 +264,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// Writes a resolved operand. For memory this is the point of no return.
+    #[inline(never)]
     pub(super) fn put(&mut self, place: &Place, value: u64) -> Outcome<()> {
         match place {
             Place::Reg { reg, size } => self.set_reg(*reg, *size, value),
@@ -275,33 +285,47 @@ impl<M: Machine> Run<'_, M> {
     /// cache line is the processor's to update, if the machine can have it try
     /// again. What is left is a read and a write: no device can be part of an
     /// atomic access of ours.
-    pub(super) fn modify<T>(
+    pub(super) fn modify<T: Default>(
         &mut self,
         place: &Place,
         atomic: bool,
         change: impl Fn(u128) -> (u128, T),
     ) -> Outcome<T> {
+        let mut last = T::default();
+        self.update_place(place, atomic, &mut |old| {
+            let (new, found) = change(old);
+            last = found;
+            new
+        })?;
+        Ok(last)
+    }
+
+    #[inline(never)]
+    fn update_place(
+        &mut self,
+        place: &Place,
+        atomic: bool,
+        change: &mut dyn FnMut(u128) -> u128,
+    ) -> Outcome<()> {
         let Place::Memory(span) = place else {
-            let (new, found) = change(u128::from(self.get(place)?));
-            self.put(place, new as u64)?;
-            return Ok(found);
+            let new = change(u128::from(self.get(place)?));
+            return self.put(place, new as u64);
         };
         let atomic = atomic && span.is_ram(false) && span.is_ram(true);
         let (true, Some(gpa)) = (atomic, span.line_gpa()) else {
             if atomic && self.machine.retry_split_lock() {
                 return Err(Step::Again);
             }
-            let (new, found) = change(self.load(span)?);
-            self.store(span, new)?;
-            return Ok(found);
+            let new = change(self.load(span)?);
+            return self.store(span, new);
         };
         for _ in 0..MAX_ATTEMPTS {
             let old = self.load(span)?;
-            let (new, found) = change(old);
+            let new = change(old);
             let bits = u128::from(mask(span.len));
             let new = if span.len == 16 { new } else { new & bits };
             if self.machine.compare_exchange(gpa, span.len, old, new)? {
-                return Ok(found);
+                return Ok(());
             }
         }
         Err(Step::Again)

@@ -36,6 +36,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// The offset a memory operand names, plus `extra`, within the address size.
+    #[inline(never)]
     pub(super) fn offset(&self, mem: &Mem, extra: u64) -> u64 {
         let mut offset = mem.disp.wrapping_add(extra);
         if let Some(base) = mem.base {
@@ -52,12 +53,14 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// Resolves a memory operand, with `extra` added to its offset.
+    #[inline(never)]
     pub(super) fn memory(&mut self, mem: &Mem, extra: u64, intent: Intent) -> Outcome<Span> {
         let offset = self.offset(mem, extra);
         self.segmented(mem.seg, offset, mem.size, intent)
     }
 
     /// Checks and translates `size` bytes at `offset` in a segment.
+    #[inline(never)]
     pub(super) fn segmented(
         &mut self,
         seg: Seg,
@@ -75,6 +78,7 @@ impl<M: Machine> Run<'_, M> {
 
     /// The linear address of `size` bytes at `offset`, or #GP, or #SS if the
     /// segment is SS.
+    #[inline(never)]
     pub(super) fn linear(
         &mut self,
         seg: Seg,
@@ -126,6 +130,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// SDM 1 3.3.7.1 "Canonical Addressing".
+    #[inline(never)]
     pub(super) fn is_canonical(&self, address: u64) -> bool {
         let unused = if self.machine.wide_linear() { 7 } else { 16 };
         let extended = (address.wrapping_shl(unused) as i64).wrapping_shr(unused);

@@ -54,6 +54,7 @@ fn extract(value: u64, places: u64) -> u64 {
 impl<M: Machine> Run<'_, M> {
     /// BT, BTS, BTR, BTC. A bit number in a register reaches beyond a memory
     /// operand: SDM 2A "BT-Bit Test", 3.1.1.9 "BitBase".
+    #[inline(never)]
     pub(super) fn bit_test(&mut self) -> Outcome<()> {
         let op = self.insn.op;
         let size = self.operand(0).size();
@@ -91,6 +92,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// BSF, BSR, TZCNT, LZCNT, POPCNT.
+    #[inline(never)]
     pub(super) fn bit_count(&mut self) -> Outcome<()> {
         let op = self.insn.op;
         let size = self.operand(0).size();
@@ -139,6 +141,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// ANDN, BEXTR, BZHI, BLSR, BLSMSK, BLSI, PDEP, PEXT.
+    #[inline(never)]
     pub(super) fn bit_field(&mut self) -> Outcome<()> {
         let op = self.insn.op;
         let size = self.operand(0).size();

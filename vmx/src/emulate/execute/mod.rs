@@ -132,18 +132,21 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// Resolves operand `n`.
+    #[inline(never)]
     fn place(&mut self, n: usize, intent: Intent) -> Outcome<Place> {
         let operand = self.operand(n);
         self.resolve(operand, intent)
     }
 
     /// Resolves and reads operand `n`.
+    #[inline(never)]
     fn fetch(&mut self, n: usize) -> Outcome<u64> {
         let place = self.place(n, Intent::Read)?;
         self.get(&place)
     }
 
     /// Replaces the flags in `mask` by those in `value`.
+    #[inline(never)]
     fn commit_flags(&mut self, mask: u64, value: u64) {
         let old = self.machine.rflags();
         let new = old & !mask | value & mask;
@@ -193,6 +196,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// The instructions that neither repeat nor branch.
+    #[inline(never)]
     fn straight(&mut self) -> Outcome<()> {
         match self.insn.op {
             Op::Add

@@ -10,6 +10,7 @@ use crate::emulate::machine::{Exception, Gpr, Machine};
 
 impl<M: Machine> Run<'_, M> {
     /// Dispatches the instructions of this file.
+    #[inline(never)]
     pub(super) fn data_move(&mut self) -> Outcome<()> {
         match self.insn.op {
             Op::Mov if let Operand::Seg(seg) = self.operand(0) => self.move_to_segment(seg),
@@ -65,6 +66,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// XADD. If both operands are one register it ends up with the sum.
+    #[inline(never)]
     fn exchange_add(&mut self) -> Outcome<()> {
         let size = self.operand(0).size();
         let first = self.place(0, Intent::Modify)?;
@@ -91,6 +93,7 @@ impl<M: Machine> Run<'_, M> {
 
     /// CMPXCHG. Memory is written in either case, with its old value if the
     /// comparison fails.
+    #[inline(never)]
     fn compare_exchange(&mut self) -> Outcome<()> {
         let size = self.operand(0).size();
         let destination = self.place(0, Intent::Modify)?;
@@ -118,6 +121,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// CMPXCHG8B and CMPXCHG16B.
+    #[inline(never)]
     fn compare_exchange_pair(&mut self) -> Outcome<()> {
         let Operand::Mem(mem) = self.operand(0) else {
             return Err(Step::Unsupported);

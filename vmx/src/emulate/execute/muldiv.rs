@@ -107,6 +107,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// MUL, and IMUL with one operand.
+    #[inline(never)]
     pub(super) fn multiply_wide(&mut self) -> Outcome<()> {
         let signed = self.insn.op == Op::ImulWide;
         let size = self.operand(0).size();
@@ -151,6 +152,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// DIV and IDIV.
+    #[inline(never)]
     pub(super) fn divide(&mut self) -> Outcome<()> {
         let signed = self.insn.op == Op::Idiv;
         let size = self.operand(0).size();

@@ -111,6 +111,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// The state a descriptor describes.
+    #[inline(never)]
     fn described(&mut self, selector: u16) -> Outcome<Loaded> {
         let (linear, raw) = self.descriptor(selector)?;
         let access = (raw >> 40) as u32 & 0xf0ff;
@@ -281,6 +282,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// CALL and JMP, far.
+    #[inline(never)]
     pub(super) fn far_branch(&mut self) -> Outcome<Next> {
         let call = self.insn.op == Op::CallFar;
         let (target, selector) = self.far_pointer(0)?;
@@ -322,6 +324,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// RET, far, to the same privilege level.
+    #[inline(never)]
     pub(super) fn far_return(&mut self) -> Outcome<Next> {
         let size = self.size();
         let (frame, top) = self.pop_frame(2)?;
@@ -338,6 +341,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// IRET to the same privilege level, outside 64-bit mode.
+    #[inline(never)]
     pub(super) fn interrupt_return(&mut self) -> Outcome<Next> {
         let flags = self.machine.rflags();
         let protected = self.is_protected();

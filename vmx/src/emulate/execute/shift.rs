@@ -153,6 +153,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// SHLD and SHRD.
+    #[inline(never)]
     pub(super) fn double_shift(&mut self) -> Outcome<()> {
         let op = self.insn.op;
         let size = self.operand(0).size();
@@ -173,6 +174,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// RORX, SARX, SHLX, SHRX.
+    #[inline(never)]
     pub(super) fn shift_without_flags(&mut self) -> Outcome<()> {
         let size = self.operand(0).size();
         let value = self.fetch(1)?;

@@ -35,6 +35,7 @@ const fn first(len: u8) -> u64 {
 }
 
 /// The bytes of `from` whose bits are set, those of `to` elsewhere.
+#[inline(never)]
 fn blend(to: &mut Bytes, from: &Bytes, bits: u64) {
     for (at, (to, from)) in to.iter_mut().zip(from).enumerate() {
         if bits.wrapping_shr(at as u32) & 1 != 0 {
@@ -87,6 +88,7 @@ type EachRun<'a, R> = dyn FnMut(&mut R, Range<usize>, &Span) -> Outcome<()> + 'a
 
 impl<M: Machine> Run<'_, M> {
     /// The instructions of this file, but for MMX.
+    #[inline(never)]
     pub(super) fn vector(&mut self) -> Outcome<()> {
         if matches!(self.operand(1), Operand::Mmx(_)) {
             // MASKMOVQ.
@@ -259,6 +261,7 @@ impl<M: Machine> Run<'_, M> {
     /// Calls `each` for every run of bytes in `bits`, resolved: where it starts, how
     /// many bytes it has. A run counts on from the operand's offset, which the
     /// address size does not cut again.
+    #[inline(never)]
     fn runs(
         &mut self,
         mem: &Mem,

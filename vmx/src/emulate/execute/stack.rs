@@ -59,6 +59,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// Room for `size` bytes on top of the stack, and the new stack pointer.
+    #[inline(never)]
     pub(super) fn room(&mut self, size: u8) -> Outcome<(Span, u64)> {
         let width = self.stack_size();
         let top = self.machine.gpr(Gpr::Rsp).wrapping_sub(u64::from(size));
@@ -67,6 +68,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// The `size` bytes on top of the stack, and the stack pointer after them.
+    #[inline(never)]
     pub(super) fn top(&mut self, size: u8) -> Outcome<(Span, u64)> {
         let width = self.stack_size();
         let top = truncate(self.machine.gpr(Gpr::Rsp), width);
@@ -74,11 +76,13 @@ impl<M: Machine> Run<'_, M> {
         Ok((span, truncate(top.wrapping_add(u64::from(size)), width)))
     }
 
+    #[inline(never)]
     pub(super) fn set_stack_pointer(&mut self, value: u64) {
         let width = self.stack_size();
         self.set_reg(Gpr::Rsp, width, value);
     }
 
+    #[inline(never)]
     fn push_value(&mut self, value: u64, size: u8) -> Outcome<()> {
         let (span, top) = self.room(size)?;
         self.store(&span, u128::from(value))?;
@@ -87,6 +91,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// PUSH.
+    #[inline(never)]
     pub(super) fn push(&mut self) -> Outcome<()> {
         let size = self.element_size();
         if let Operand::Seg(seg) = self.operand(0) {
@@ -114,6 +119,7 @@ impl<M: Machine> Run<'_, M> {
 
     /// POP. A destination addressed through rSP uses its new value; a
     /// destination that is rSP keeps what was popped.
+    #[inline(never)]
     pub(super) fn pop(&mut self) -> Outcome<()> {
         let (span, top) = self.top(self.element_size())?;
         if let Operand::Seg(seg) = self.operand(0) {
@@ -151,6 +157,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// PUSHA and PUSHAD, as one access.
+    #[inline(never)]
     pub(super) fn push_all(&mut self) -> Outcome<()> {
         let size = self.size();
         let mut bytes = [0u8; 32];
@@ -167,6 +174,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// POPA and POPAD; the stored stack pointer is skipped.
+    #[inline(never)]
     pub(super) fn pop_all(&mut self) -> Outcome<()> {
         let size = self.size();
         let (span, top) = self.top(size.wrapping_mul(8))?;
@@ -233,6 +241,7 @@ impl<M: Machine> Run<'_, M> {
 
     /// ENTER. The frame pointer, the copied frame pointers and the new one go onto
     /// the stack as one access; deep nesting does not fit into one.
+    #[inline(never)]
     pub(super) fn enter(&mut self) -> Outcome<()> {
         let (size, width) = (self.element_size(), self.stack_size());
         let (Operand::Imm(locals), Operand::Imm(level)) = (self.operand(0), self.operand(1)) else {
@@ -321,6 +330,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// The target of CALL or JMP.
+    #[inline(never)]
     fn branch_target(&mut self) -> Outcome<u64> {
         let value = match self.operand(0) {
             Operand::Imm(ahead) => self.next_rip().wrapping_add(ahead),
