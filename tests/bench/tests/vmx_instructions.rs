@@ -123,7 +123,7 @@ fn mmio_write() {
     fill(&client, &[0xa3, 0, 0, 0, 0xd0]);
     let step = || Step::write(DEVICE, 4, 0, 5);
     let found = count(&client, runs(step, ExitStatus::FastMmio));
-    assert_within(&found, &cost(35, 1, 0, 4, 2));
+    assert_within(&found, &cost(11, 1, 0, 4, 2));
 }
 
 #[test]
@@ -133,5 +133,5 @@ fn mmio_read() {
     fill(&client, &[0xa1, 0, 0, 0, 0xd0]);
     let step = || Step::read(DEVICE, 4, 0, 5);
     let found = count(&client, runs(step, ExitStatus::FastMmio));
-    assert_within(&found, &cost(35, 1, 0, 4, 2));
+    assert_within(&found, &cost(11, 1, 0, 4, 2));
 }

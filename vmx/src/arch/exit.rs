@@ -258,6 +258,13 @@ impl EptQualification {
         self.0 & 4 != 0
     }
 
+    /// The guest-linear address is valid, and the guest-physical address is its
+    /// translation rather than that of a paging-structure entry: bits 7 and 8.
+    #[must_use]
+    pub const fn is_operand(self) -> bool {
+        self.0 & 0x180 == 0x180
+    }
+
     /// The exit undid NMI unblocking by IRET.
     #[must_use]
     pub const fn nmi_unblocking(self) -> bool {

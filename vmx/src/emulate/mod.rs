@@ -35,6 +35,12 @@
 //! 3. If anything but the emulator changes the registers while the log
 //!    is not empty, call [`MmioLog::clear`].
 //!
+//! # Shortcuts
+//!
+//! A [`DecodeCache`] remembers what bytes decoded to. A [`PlainMove`] is an
+//! instruction that needs no second pass: the caller can make its one access
+//! and finish it by itself.
+//!
 //! # Restart by replay
 //!
 //! An instruction that needs an answer from user space is not suspended. It is
@@ -49,12 +55,15 @@
 //! number and title.
 #![forbid(unsafe_code)]
 
+mod cache;
 mod decode;
 mod execute;
 mod insn;
 mod machine;
 mod mmio;
+mod plain;
 
+pub use cache::{Code, DecodeCache, Decoded};
 pub use decode::{DecodeError, MAX_INSN_LEN, decode};
 pub use execute::{MAX_ITERATIONS, execute};
 pub use insn::{Insn, Mask, Mem, Op, Operand, Prefixes, Repeat};
@@ -63,6 +72,7 @@ pub use machine::{
     SegmentState, Table, VectorBytes,
 };
 pub use mmio::MmioLog;
+pub use plain::PlainMove;
 
 /// What [`execute`] achieved, or needs, in one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,6 +8,7 @@ use zerocopy::IntoBytes;
 
 use super::extended::Extended;
 use super::handle::{self, Next, Work};
+use super::plain::Moves;
 use super::registers::Registers;
 use super::reload::{self, Reload, SEGMENTS, Tables};
 use super::vmcs::Current;
@@ -19,8 +20,8 @@ use crate::arch::field;
 use crate::arch::reg::{Cr0, Cr4, Efer, Rflags};
 use crate::arch::segment::AccessRights;
 use crate::emulate::{
-    self, Access, Backing, Blocking, DecodeError, Fault, Gpr, Insn, MAX_INSN_LEN, Machine, MmioLog,
-    Mode, Seg, SegmentState, Step, Table, VectorBytes,
+    self, Access, Backing, Blocking, Code, DecodeCache, DecodeError, Decoded, Fault, Gpr,
+    MAX_INSN_LEN, Machine, MmioLog, Mode, Seg, SegmentState, Step, Table, VectorBytes,
 };
 use crate::fallible::{NoMemory, try_box};
 use crate::host::Host;
@@ -29,7 +30,9 @@ use crate::memory::{self, AccessError};
 
 /// The instruction under way, if one waits for the client.
 pub struct Emulation {
-    insn: Option<Insn>,
+    pub(super) cache: DecodeCache,
+    /// Which of the cache's. It looks nothing up until this one is done.
+    insn: Option<Decoded>,
     log: MmioLog,
     /// RIP of a split lock that was left to the processor.
     split_lock: Option<u64>,
@@ -38,6 +41,8 @@ pub struct Emulation {
     /// What the VMCS held when the instruction began. Nothing but a request of
     /// the client's can change it before the guest runs again.
     snapshot: Option<Snapshot>,
+    /// The plain moves, which do without the rest.
+    pub(super) moves: Moves,
 }
 
 impl Emulation {
@@ -45,12 +50,20 @@ impl Emulation {
     #[inline(never)]
     pub fn boxed() -> Result<Box<Self>, NoMemory> {
         try_box(Self {
+            cache: DecodeCache::new(),
             insn: None,
             log: MmioLog::new(),
             split_lock: None,
             unsupported: 0,
             snapshot: None,
+            moves: Moves::default(),
         })
+    }
+
+    /// The instruction at RIP is this one.
+    pub(super) fn begin(&mut self, insn: Decoded) {
+        self.insn = Some(insn);
+        self.snapshot = None;
     }
 
     /// An instruction waits to be continued.
@@ -67,6 +80,7 @@ impl Emulation {
     pub fn abandon(&mut self) {
         self.insn = None;
         self.log.clear();
+        self.moves.abandon();
     }
 
     /// The client changed registers: they are read again before the
@@ -260,12 +274,13 @@ impl<H: Host> Virtual<'_, H> {
         );
     }
 
-    fn decode(&mut self) -> Result<Insn, Fault> {
+    fn decode(&mut self, cache: &mut DecodeCache) -> Result<Decoded, Fault> {
         let mut bytes = [0; MAX_INSN_LEN];
         let mut have = self.fetch(&mut bytes, 1)?;
         loop {
             let known = bytes.get(..have).unwrap_or_default();
-            let error = match emulate::decode(known, self.snapshot.mode) {
+            let rip = self.registers.known_rip();
+            let error = match cache.look_up(rip, Code::new(known), self.snapshot.mode) {
                 Ok(insn) => return Ok(insn),
                 Err(error) => error,
             };
@@ -490,15 +505,18 @@ impl<H: Host> Vcpu<H> {
         };
         let insn = match known {
             Some(insn) => Ok(insn),
-            None => machine.decode(),
+            None => machine.decode(&mut emulation.cache),
         };
         let step = match insn {
-            Ok(insn) => {
-                emulation.insn = Some(insn);
-                if insn.uses_tables() && snapshot.tables.is_none() {
-                    return self.with_tables(inner);
+            Ok(decoded) => {
+                emulation.insn = Some(decoded);
+                match emulation.cache.insn(decoded) {
+                    Some(insn) if insn.uses_tables() && snapshot.tables.is_none() => {
+                        return self.with_tables(inner);
+                    }
+                    Some(insn) => emulate::execute(insn, &mut machine, &mut emulation.log),
+                    None => Step::Unsupported,
                 }
-                emulate::execute(&insn, &mut machine, &mut emulation.log)
             }
             Err(Fault::Exception(exception)) => Step::Fault(exception),
             Err(Fault::Blocked) => Step::Blocked,

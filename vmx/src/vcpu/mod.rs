@@ -23,6 +23,7 @@ pub mod msr_bitmap;
 mod msr_list;
 mod pdptes;
 pub mod pending;
+mod plain;
 mod registers;
 mod reload;
 mod run;

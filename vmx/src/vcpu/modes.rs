@@ -158,6 +158,12 @@ impl Modes {
         self.cr4
     }
 
+    /// CR0 and CR4 without reading the VMCS, right in the bits whose change
+    /// always exits. CR0.PG, CR4.PAE and CR4.LA57 are among them.
+    pub fn intercepted(&self) -> (u64, u64) {
+        (self.cr0, self.cr4)
+    }
+
     /// IA32_EFER.
     pub fn efer(&self) -> u64 {
         self.efer

@@ -131,7 +131,7 @@ impl Registers {
         self.rip
     }
 
-    /// RFLAGS, after [`Registers::know_all`].
+    /// RFLAGS, after [`Registers::know_all`] or [`Registers::rflags`].
     pub fn known_rflags(&self) -> u64 {
         self.rflags
     }
@@ -139,6 +139,14 @@ impl Registers {
     /// A general register, RSP after [`Registers::know_all`].
     pub fn known_gpr(&self, number: usize) -> u64 {
         self.slot(number)
+    }
+
+    /// A general register, if it is known without the VMCS.
+    pub fn at_hand(&self, number: usize) -> Option<u64> {
+        if number == gpr::RSP && self.known & RSP == 0 {
+            return None;
+        }
+        self.general.gpr.get(number).copied()
     }
 
     /// Writes the changed ones to the VMCS.

@@ -80,6 +80,7 @@ impl<H: Host> Vcpu<H> {
             self.channel.read_buffer(0, &mut data);
             inner.finish_in(size, data);
         }
+        self.finish_move(inner);
         let mut next = Next::Resume;
         if inner.emulation.is_under_way() {
             inner.quiet = false;
@@ -332,7 +333,7 @@ impl<H: Host> Vcpu<H> {
                 log::error!("event delivery through device memory at {gpa:?}");
                 handle::lost(inner, "event delivery through device memory")
             }
-            Ok(FaultOutcome::Mmio | FaultOutcome::RomWrite) => self.emulate(inner)?,
+            Ok(FaultOutcome::Mmio | FaultOutcome::RomWrite) => self.device_access(inner, gpa)?,
             Err(error) => {
                 log::error!("guest memory at {gpa:?}: {error:?}");
                 handle::lost(inner, "guest memory cannot be used")

@@ -48,6 +48,11 @@ segments! {
 const RIGHTS_DEFINED: u32 = 0x1_f0ff;
 
 impl SegmentFields {
+    /// Reads the base alone.
+    pub fn base<H: Host>(self, current: &Current<'_, H>) -> u64 {
+        current.read(self.base)
+    }
+
     /// Reads the register.
     pub fn read<H: Host>(self, current: &Current<'_, H>) -> SegmentDesc {
         SegmentDesc {

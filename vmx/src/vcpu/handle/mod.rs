@@ -10,6 +10,7 @@ use abi::tunnel::ExitStatus;
 
 use super::decode::Exit;
 use super::entry_checks::first_violated;
+use super::plain;
 use super::vmcs::Current;
 use super::{Inner, Vcpu};
 use crate::arch::addr::Gpa;
@@ -71,6 +72,7 @@ pub fn dispatch<H: Host>(
             if qualification.nmi_unblocking() && !inner.events.is_waiting() {
                 block_nmi(current);
             }
+            plain::foresee(inner, current, gpa, qualification);
             Next::Work(Work::Memory {
                 gpa,
                 access: Access::from_qualification(qualification.0),

@@ -1,0 +1,221 @@
+//! A MOV to or from a device: the client has the access, the instruction waits to be finished.
+
+use abi::tunnel::{ExitStatus, offset};
+use sim::client::{CODE, Client};
+use sim::{Machine, Step};
+
+/// Device memory.
+const DEVICE: u64 = 0xd000_0000;
+/// Where the fast-MMIO record has its value.
+const VALUE: usize = 8;
+/// RFLAGS.RF and RFLAGS.TF.
+const RF: u64 = 1 << 16;
+const TF: u64 = 1 << 8;
+
+/// mov eax, [d0000000h]
+const LOAD: [u8; 5] = [0xa1, 0, 0, 0, 0xd0];
+/// mov al, [d0000000h]
+const LOAD_BYTE: [u8; 5] = [0xa0, 0, 0, 0, 0xd0];
+/// mov [d0000000h], eax
+const STORE: [u8; 5] = [0xa3, 0, 0, 0, 0xd0];
+
+fn guest(code: &[u8]) -> Client {
+    let client = Client::new(&Machine::haswell());
+    client.protected_mode();
+    client.load(CODE, code);
+    client
+}
+
+/// A read that the client has.
+fn reading(code: &[u8], size: usize) -> Client {
+    let client = guest(code);
+    let step = Step::read(DEVICE, size, 0, code.len() as u64);
+    assert_eq!(client.run([step]), ExitStatus::FastMmio);
+    client
+}
+
+/// Answers, and comes back as soon as the instruction is done.
+fn answer(client: &Client, value: u64) {
+    client.set_io_buffer(VALUE, &value.to_le_bytes());
+    client.set_tunnel(offset::USER_EVENT_PENDING, 1);
+    assert_eq!(client.run([]), ExitStatus::Interrupt);
+}
+
+#[test]
+fn nothing_has_happened_until_run_is_called_again() {
+    let client = guest(&LOAD);
+    client.change_regs(|state| {
+        state.rax = 0x1111_2222_3333_4444;
+        state.rflags |= RF;
+    });
+    let status = client.run([Step::read(DEVICE, 4, 0, 5)]);
+    assert_eq!(status, ExitStatus::FastMmio);
+    let state = client.regs();
+    assert_eq!((state.rip, state.rax), (CODE, 0x1111_2222_3333_4444));
+    answer(&client, 0xffff_ffff_8765_4321);
+    let state = client.regs();
+    assert_eq!((state.rip, state.rax), (CODE + 5, 0x8765_4321));
+    assert_eq!(state.rflags & RF, 0, "RF");
+    client.finish();
+}
+
+/// SET_REGS that leaves RIP alone does not give the instruction up, and what it sets counts.
+#[test]
+fn it_is_finished_with_the_registers_the_client_set() {
+    let client = reading(&LOAD_BYTE, 1);
+    client.change_regs(|state| {
+        state.rax = 0x5566_7788;
+        state.rbx = 9;
+    });
+    answer(&client, 0x42);
+    let state = client.regs();
+    assert_eq!(
+        (state.rip, state.rax, state.rbx),
+        (CODE + 5, 0x5566_7742, 9)
+    );
+    client.finish();
+}
+
+#[test]
+fn another_rip_gives_it_up() {
+    let client = reading(&LOAD, 4);
+    client.change_regs(|state| {
+        state.rip = CODE + 0x100;
+        state.rax = 7;
+    });
+    answer(&client, 0x42);
+    let state = client.regs();
+    assert_eq!((state.rip, state.rax), (CODE + 0x100, 7));
+    client.finish();
+}
+
+/// What the client writes to the record after RUN has taken the answer, or into a store's, is nothing to the guest.
+#[test]
+fn a_store_takes_nothing_from_the_record() {
+    let client = guest(&STORE);
+    client.change_regs(|state| state.rax = 0x1_2345_6789);
+    let status = client.run([Step::write(DEVICE, 4, 0, 5)]);
+    assert_eq!(status, ExitStatus::FastMmio);
+    let record = client.fast_mmio();
+    assert_eq!((record.gpa, record.size, record.direction), (DEVICE, 4, 1));
+    assert_eq!(record.value, 0x2345_6789);
+    answer(&client, u64::MAX);
+    let state = client.regs();
+    assert_eq!((state.rip, state.rax), (CODE + 5, 0x1_2345_6789));
+    client.finish();
+}
+
+/// The same address, another instruction: once because the client wrote the code, once because the guest did.
+#[test]
+fn changed_code_is_read_again() {
+    let client = reading(&LOAD, 4);
+    answer(&client, 1);
+    for (code, size) in [(LOAD_BYTE, 1), (LOAD, 4), (LOAD_BYTE, 1)] {
+        client.load(CODE, &code);
+        client.change_regs(|state| {
+            state.rip = CODE;
+            state.rax = 0xaaaa_aaaa;
+        });
+        let status = client.run([Step::read(DEVICE, size, 0, 5)]);
+        assert_eq!(status, ExitStatus::FastMmio);
+        assert_eq!(usize::from(client.fast_mmio().size), size);
+        answer(&client, 0x1111_1111);
+        let wanted = if size == 1 { 0xaaaa_aa11 } else { 0x1111_1111 };
+        assert_eq!(client.regs().rax, wanted);
+    }
+    client.finish();
+}
+
+/// The code names another address than the processor touched: what was executed is not what is there now, so the
+/// access is not made up from both. Likewise a read that was a write.
+#[test]
+fn code_that_does_not_fit_the_access_goes_the_long_way() {
+    let client = guest(&[0xa1, 0x10, 0, 0, 0xd0]);
+    let status = client.run([Step::read(DEVICE, 4, 0, 5)]);
+    assert_eq!(status, ExitStatus::FastMmio);
+    assert_eq!(client.fast_mmio().gpa, DEVICE + 0x10);
+    client.change_regs(|state| state.rip = CODE + 5);
+    client.load(CODE + 5, &LOAD);
+    let status = client.run([Step::write(DEVICE, 4, 0, 5)]);
+    assert_eq!(status, ExitStatus::FastMmio);
+    assert_eq!(client.fast_mmio().direction, 0);
+}
+
+/// Segment bases count, whichever segment it is and whichever the last instruction used.
+#[test]
+fn the_base_is_that_of_the_segment() {
+    let client = guest(&[]);
+    client.change_regs(|state| {
+        state.es.base = 0x1000;
+        state.fs.base = 0x2000;
+        state.ss.base = 0x3000;
+        state.rbp = DEVICE;
+    });
+    // es, fs, ds: mov eax, [d0000000h]; mov eax, [ebp]
+    let cases: [(&[u8], u64); 8] = [
+        (&[0x26, 0xa1, 0, 0, 0, 0xd0], 0x1000),
+        (&[0x64, 0xa1, 0, 0, 0, 0xd0], 0x2000),
+        (&[0xa1, 0, 0, 0, 0xd0], 0),
+        (&[0x8b, 0x45, 0x00], 0x3000),
+        (&[0x8b, 0x45, 0x00], 0x3000),
+        (&[0x26, 0xa1, 0, 0, 0, 0xd0], 0x1000),
+        (&[0xa1, 0, 0, 0, 0xd0], 0),
+        (&[0xa1, 0, 0, 0, 0xd0], 0),
+    ];
+    for (code, base) in cases {
+        client.load(CODE, code);
+        client.change_regs(|state| state.rip = CODE);
+        let step = Step::read(DEVICE + base, 4, 0, code.len() as u64);
+        assert_eq!(client.run([step]), ExitStatus::FastMmio);
+        assert_eq!(client.fast_mmio().gpa, DEVICE + base, "{code:02x?}");
+        answer(&client, base + 1);
+        let state = client.regs();
+        assert_eq!((state.rip, state.rax), (CODE + code.len() as u64, base + 1));
+    }
+    client.finish();
+}
+
+/// A register that is in the VMCS, as the address, as the source and as the target.
+#[test]
+fn the_stack_pointer_is_a_register_too() {
+    // mov [d0000000h], esp; mov sp, [d0000000h]; mov eax, [esp]
+    let code = [
+        0x89, 0x25, 0, 0, 0, 0xd0, 0x66, 0x8b, 0x25, 0, 0, 0, 0xd0, 0x8b, 0x04, 0x24,
+    ];
+    let client = guest(&code);
+    client.change_regs(|state| state.rsp = 0xd000_8000);
+    assert_eq!(
+        client.run([Step::write(DEVICE, 4, 0, 6)]),
+        ExitStatus::FastMmio
+    );
+    assert_eq!(client.fast_mmio().value, 0xd000_8000);
+    let steps = [Step::read(DEVICE, 2, 0, 7)];
+    assert_eq!(client.run(steps), ExitStatus::FastMmio);
+    client.set_io_buffer(VALUE, &0x1_9000u64.to_le_bytes());
+    let steps = [Step::read(0xd000_9000, 4, 0, 3)];
+    assert_eq!(client.run(steps), ExitStatus::FastMmio);
+    assert_eq!(client.fast_mmio().gpa, 0xd000_9000);
+    answer(&client, 5);
+    let state = client.regs();
+    assert_eq!(
+        (state.rip, state.rsp, state.rax),
+        (CODE + 16, 0xd000_9000, 5)
+    );
+    client.finish();
+}
+
+/// TF: the #DB is pending once the instruction is done, and not before.
+#[test]
+fn a_trap_flag_traps_when_it_is_done() {
+    let client = guest(&LOAD);
+    client.change_regs(|state| state.rflags |= TF);
+    let status = client.run([Step::read(DEVICE, 4, 0, 5)]);
+    assert_eq!(status, ExitStatus::FastMmio);
+    client.set_io_buffer(VALUE, &3u64.to_le_bytes());
+    let pending = Step::act(|guest| {
+        // BS of the pending debug exceptions.
+        assert_ne!(guest.field(0x6822) & (1 << 14), 0, "no trap is pending");
+        assert_eq!(guest.regs.gpr[0], 3);
+    });
+    client.run([pending, Step::hlt()]);
+}
