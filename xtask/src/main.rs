@@ -6,6 +6,7 @@
 mod abi;
 mod bench;
 mod conformance;
+mod guests;
 mod lint;
 mod module;
 mod profile;
@@ -60,7 +61,7 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "run",
-        about: "[--smp N] [--machine pc|microvm]  boot a Linux guest through /dev/HAX",
+        about: "[--guest G] [--smp N] [--machine pc|microvm]  boot a guest through /dev/HAX",
         run: run::run,
     },
     Command {

@@ -1,26 +1,34 @@
-//! `cargo xtask run`: the main job. Boots the emulated PC, loads haxm.ko, and boots a Linux guest
-//! with QEMU's hax accelerator on it.
+//! `cargo xtask run`: the main job. Boots the emulated PC, loads haxm.ko, and boots a guest with QEMU's
+//! hax accelerator on it.
 
 use std::io::Write;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use testbed::client::{Boot, Machine, Verdict, verdict};
-use testbed::{Flavour, Outcome, Pc};
+use anyhow::{Context, Result, bail, ensure};
+use testbed::client::{Boot, Machine, System, Verdict, verdict};
+use testbed::{Flavour, Outcome, Pc, WorkFolder};
 
 use crate::setup;
 
-const HELP: &str = "usage: cargo xtask run [--smp N] [--machine pc|microvm] [--kernel 6.1|6.12|7] [--verbose]
-Boots the emulated PC, loads haxm.ko, probes /dev/HAX, and boots a Linux guest under QEMU -accel hax.
+const HELP: &str = "usage: cargo xtask run [OPTIONS]
+Boots the emulated PC, loads haxm.ko, probes /dev/HAX, and boots a guest under QEMU -accel hax.
 The guest's console comes as it boots; the exit code is 0 only if the guest passed.
-  --smp N      virtual processors of the guest, 1 to 4 (default 1)
-  --machine M  pc (SeaBIOS) or microvm (qboot, the default)
-  --kernel K   the emulated PC's kernel (default 6.1)
-  --verbose    the guest's kernel prints all its messages";
+  --guest G    tiny (the default), debian-6.1, debian-6.12, debian-i386: Linux;
+               gnumach: another system; memtest86+: none
+  --smp N      virtual processors of the guest, 1 to 16, tiny: to 4 (default 1)
+  --machine M  pc (SeaBIOS) or microvm (qboot; the default, where the guest runs on it)
+  --kernel K   the emulated PC's kernel, 6.1 (the default), 6.12 or 7
+  --clock N    Linux measures its clock by itself, and it must be good for N seconds
+  --kvm        under KVM instead of haxm.ko
+  --verbose    a Linux guest prints all its messages";
 
 /// What the guest may take.
-const LIMIT: Duration = Duration::from_secs(240);
+const LIMIT: Duration = Duration::from_secs(400);
+
+/// Instructions per emulated second where Linux measures its clock: with fewer it finds that reading
+/// another clock, an exit, takes too long to compare with.
+const CLOCK_RATE: u32 = 400_000_000;
 
 /// What the command line asks for.
 struct Options {
@@ -29,26 +37,47 @@ struct Options {
 }
 
 fn options(args: &[String]) -> Result<Option<Options>> {
-    let mut boot = Boot::new(Machine::Microvm);
+    let mut system = System::default();
+    let mut machine = None;
     let mut flavour = Flavour::default();
+    let mut boot = Boot::new(Machine::Microvm);
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} wants a value"));
         match arg.as_str() {
             "--help" | "-h" => return Ok(None),
+            "--guest" => system = System::from_name(value()?)?,
             "--smp" => boot.cpus = value()?.parse().context("--smp wants a number")?,
             "--machine" => {
-                boot.machine =
-                    Machine::from_name(value()?).context("--machine wants pc or microvm")?;
+                let named = Machine::from_name(value()?);
+                machine = Some(named.context("--machine wants pc or microvm")?);
             }
             "--kernel" => flavour = Flavour::from_series(value()?)?,
+            "--clock" => {
+                boot.clock_seconds = Some(value()?.parse().context("--clock wants seconds")?);
+                boot.tsc_khz = None;
+            }
+            "--kvm" => boot.accelerator = "kvm",
             "--verbose" => boot.verbose = true,
             _ => bail!("cannot make sense of '{arg}'\n{HELP}"),
         }
     }
-    if !(1..=4).contains(&boot.cpus) {
-        bail!("--smp wants 1 to 4");
-    }
+    let most = system.most_cpus();
+    ensure!(
+        (1..=most).contains(&boot.cpus),
+        "--smp wants 1 to {most} for {}",
+        system.name()
+    );
+    let usual = system.machine();
+    boot.machine = machine.unwrap_or(usual);
+    ensure!(
+        boot.machine == usual || usual == Machine::Microvm,
+        "{} runs on --machine {} only",
+        system.name(),
+        usual.name()
+    );
+    boot.system = system;
+    boot.memory_mb = system.memory_mb();
     Ok(Some(Options { boot, flavour }))
 }
 
@@ -90,34 +119,52 @@ pub(crate) fn boot(
     flavour: Flavour,
     serial: &mut dyn Write,
 ) -> Result<Outcome> {
+    let (before, after) = match boot.accelerator {
+        "hax" => (DRIVER_IN, DRIVER_OUT),
+        _ => ("", ""),
+    };
     let script = format!(
-        "insmod /haxm.ko || exit 3\n\
-         echo \"haxm.ko $(cat /sys/module/haxm/version) loaded\"\n\
-         /conformance probe || exit 4\n\
-         tick start\n\
-         {}\n\
-         code=$?\n\
-         tick end\n\
-         rmmod haxm || exit 5\n\
-         dmesg | grep 'haxm:'\n\
-         exit $code",
-        boot.shell_line()
+        "{before}\ntick start\n{}\ncode=$?\ntick end\n{after}\nexit $code",
+        boot.shell_script()
     );
-    let mut pc = Pc::new()
-        .kernel(flavour)
-        .memory_mb(512)
-        .file("/haxm.ko", &parts.module)
-        .file("/conformance", &parts.conformance)
-        .script(&script)
-        .timeout(LIMIT);
+    let mut pc = machine(parts, flavour)
+        .memory_mb(boot.system.host_memory_mb())
+        .script(&script);
+    if boot.accelerator == "kvm" {
+        pc = pc.module("kvm-intel", "");
+    }
+    if boot.clock_seconds.is_some() {
+        pc = pc.instructions_per_second(CLOCK_RATE);
+    }
     parts.client.add_to(pc.files());
+    boot.system.ensure(&WorkFolder::open()?)?.add_to(pc.files());
     println!(
-        "run: QEMU -accel hax, {} with {} CPU(s), on Debian's {} kernel",
+        "run: QEMU -accel {}, {} on {} with {} CPU(s), on Debian's {} kernel",
+        boot.accelerator,
+        boot.system.name(),
         boot.machine.name(),
         boot.cpus,
         flavour.series()
     );
     pc.run(serial)
+}
+
+/// The start of a script that uses the driver.
+pub(crate) const DRIVER_IN: &str = "insmod /haxm.ko || exit 3
+echo \"haxm.ko $(cat /sys/module/haxm/version) loaded\"
+/conformance probe || exit 4";
+
+/// And its end, before the exit.
+pub(crate) const DRIVER_OUT: &str = "rmmod haxm || exit 5
+dmesg | grep 'haxm:'";
+
+/// An emulated PC that has the driver's module and the client that probes it.
+pub(crate) fn machine(parts: &setup::Parts, flavour: Flavour) -> Pc {
+    Pc::new()
+        .kernel(flavour)
+        .file("/haxm.ko", &parts.module)
+        .file("/conformance", &parts.conformance)
+        .timeout(LIMIT)
 }
 
 /// The guest said PASS, and the script around it ended well.

@@ -7,11 +7,10 @@ use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use testbed::client::{Boot, Machine};
 use testbed::folder::workspace_root;
 use testbed::{Flavour, Outcome, Pc, cpu, firmware};
 
-use crate::{bench, conformance, lint, run, setup};
+use crate::{bench, conformance, guests, lint, setup};
 
 const HELP: &str = "usage: cargo xtask test [--host]
 Runs the lints, the host tests, and the driver's tests on the emulated PC.
@@ -132,22 +131,13 @@ fn emulated<'a>(parts: &'a setup::Parts, newer: &'a setup::Parts, stages: &mut V
         "speed, beside kernel 6.1's KVM".into(),
         Box::new(|| bench::ceilings::check(Flavour::Cloud6_1)),
     ));
-    for machine in Machine::ALL {
-        for cpus in [1, 2] {
-            let boot = Boot {
-                cpus,
-                ..Boot::new(machine)
-            };
-            stages.push((
-                format!("guest under QEMU, {} with {cpus} CPU(s)", machine.name()),
-                Box::new(move || guest(parts, &boot, Flavour::Cloud6_1)),
-            ));
-        }
+    for stage in guests::stages() {
+        let parts = match stage.flavour() {
+            Flavour::Cloud6_12 => newer,
+            _ => parts,
+        };
+        stages.push((stage.name(), Box::new(move || stage.run(parts))));
     }
-    stages.push((
-        "guest under QEMU, microvm with 1 CPU(s), kernel 6.12".into(),
-        Box::new(move || guest(newer, &Boot::new(Machine::Microvm), Flavour::Cloud6_12)),
-    ));
 }
 
 fn conform(parts: &setup::Parts, cpus: u32, flavour: Flavour) -> Result<()> {
@@ -176,17 +166,7 @@ fn huge_page(parts: &setup::Parts) -> Result<()> {
     verdict(&outcome, outcome.success())
 }
 
-fn guest(parts: &setup::Parts, boot: &Boot, flavour: Flavour) -> Result<()> {
-    let mut serial = Vec::new();
-    let outcome = run::boot(parts, boot, flavour, &mut serial)?;
-    let passed = run::passed(&outcome);
-    if !passed {
-        println!("{}", outcome.serial);
-    }
-    verdict(&outcome, passed)
-}
-
-fn verdict(outcome: &Outcome, passed: bool) -> Result<()> {
+pub(crate) fn verdict(outcome: &Outcome, passed: bool) -> Result<()> {
     println!("test: {outcome}");
     ensure!(passed, "it did not pass");
     Ok(())

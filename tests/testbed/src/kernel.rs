@@ -3,6 +3,8 @@
 
 mod install;
 
+pub(crate) use install::numbers;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};

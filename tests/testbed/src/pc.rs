@@ -67,6 +67,7 @@ pub struct Pc {
     append: String,
     feature_control: u8,
     ignore_bad_msrs: bool,
+    instructions_per_second: u32,
     report_errors: bool,
     keep: bool,
     profile: bool,
@@ -93,6 +94,7 @@ impl Pc {
             append: String::new(),
             feature_control: firmware::LOCKED_ON,
             ignore_bad_msrs: true,
+            instructions_per_second: INSTRUCTIONS_PER_SECOND,
             report_errors: false,
             keep: false,
             profile: false,
@@ -185,6 +187,13 @@ impl Pc {
     /// processor. Linux does not boot with the latter: it reads MSR 1A0H before it can take a fault.
     pub fn ignore_bad_msrs(mut self, ignore: bool) -> Self {
         self.ignore_bad_msrs = ignore;
+        self
+    }
+
+    /// Emulated instructions, and time-stamp counts, per emulated second; 50 million otherwise. More make
+    /// a machine on which an exit takes less time, and every delay more instructions.
+    pub fn instructions_per_second(mut self, rate: u32) -> Self {
+        self.instructions_per_second = rate;
         self
     }
 
@@ -319,6 +328,7 @@ impl Pc {
             "ignore"
         };
         let (cpu, cpus, memory) = (&self.cpu, self.cpus, self.memory_mb);
+        let rate = self.instructions_per_second;
         // More than it can have at once goes to a file; nothing here uses so much.
         let at_once = memory.min(2048);
         let (rom, cylinders) = (pieces.vga_rom(), geometry.cylinders);
@@ -326,7 +336,7 @@ impl Pc {
         format!(
             "config_interface: textconfig\n{sound}\
              display_library: {display}\n\
-             cpu: model={cpu}, count={cpus}, ips={INSTRUCTIONS_PER_SECOND}, \
+             cpu: model={cpu}, count={cpus}, ips={rate}, \
              reset_on_triple_fault=0, ignore_bad_msrs={bad_msrs}{exclude}\n\
              memory: guest={memory}, host={at_once}\n\
              romimage: file=bios.rom\n\

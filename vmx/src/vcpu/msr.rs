@@ -50,13 +50,18 @@ pub enum Msr {
     Unknown,
 }
 
-/// Pairs of IA32_MTRR_PHYSBASEn and IA32_MTRR_PHYSMASKn.
+/// Pairs of IA32_MTRR_PHYSBASEn and IA32_MTRR_PHYSMASKn; HAXM had so many.
 const VARIABLE_MTRRS: usize = 10;
+/// The pairs that the guest is told of. SeaBIOS repeats on each further processor
+/// what it wrote to the MTRRs of the first, and has room for 32 writes: with ten
+/// pairs the last, which enables them, is lost, and Linux finds its processors
+/// inconsistent. KVM tells of eight too.
+const TOLD_VARIABLE_MTRRS: u64 = 8;
 /// Fixed-range MTRRs: one of 64 KB, two of 16 KB, eight of 4 KB.
 const FIXED_MTRRS: usize = 11;
 /// IA32_MTRRCAP: the pairs above, fixed ranges, write-combining. SDM 12.11.1
 /// "MTRR Feature Identification".
-const MTRRCAP: u64 = VARIABLE_MTRRS as u64 | 1 << 8 | 1 << 10;
+const MTRRCAP: u64 = TOLD_VARIABLE_MTRRS | 1 << 8 | 1 << 10;
 /// IA32_MISC_ENABLE: fast strings (CPUID offers ERMS, and Linux takes it back
 /// without this bit), no branch trace storage, no PEBS. HAXM lacks the first.
 const MISC_ENABLE: u64 = 1 << 0 | 1 << 11 | 1 << 12;

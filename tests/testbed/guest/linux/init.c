@@ -9,6 +9,11 @@
  *
  * The kernel's command line says what to expect; it reaches this program as its environment:
  *   guest_cpus=N        processors that must be online (default 1)
+ *   guest_vectors=SEED  hold patterns in the AVX registers for a while, with other guests
+ *   guest_clock=SECONDS after that time the time-stamp counter must still be the clock
+ *
+ * Last it reads the kernel's log: a complaint of the kernel is a failure, and lines of the level
+ * "warning" and above are printed.
  *
  * The machine ends by a reboot: with reboot=t that is a triple fault.
  */
@@ -24,6 +29,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/klog.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
@@ -32,6 +38,8 @@
 #include <termios.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "../vectors.h"
 
 #define CHILDREN 4
 #define PAGE 4096
@@ -354,10 +362,122 @@ static void check_cpus(unsigned expected)
 	printf("guest: %u processor%s\n", expected, expected == 1 ? "" : "s");
 }
 
+/* Two processes hold patterns of their own, so that the guest's kernel switches the registers too. */
+static void check_vectors(unsigned seed)
+{
+	const char *lost;
+	pid_t pids[2];
+	int status, i;
+
+	if (!strcmp(vectors_offered(), "none"))
+		fail("vectors", "no AVX");
+	printf("guest: vectors begin, %s\n", vectors_offered());
+	fflush(stdout);
+	for (i = 0; i < 2; i++) {
+		pids[i] = fork();
+		if (pids[i] == 0) {
+			lost = vectors_hold(seed + (unsigned)i, 24);
+			if (lost)
+				fail("vectors", "%s", lost);
+			_exit(0);
+		}
+	}
+	for (i = 0; i < 2; i++)
+		if (pids[i] < 0 || waitpid(pids[i], &status, 0) != pids[i] || status != 0)
+			fail("vectors", "process %d", i);
+	printf("guest: vectors end\n");
+}
+
+static void read_line(const char *path, char *line, size_t size)
+{
+	ssize_t got = -1;
+	int fd = open(path, O_RDONLY);
+
+	if (fd >= 0)
+		got = read(fd, line, size - 1);
+	if (got < 0)
+		fail("clock", "cannot read %s", path);
+	line[got] = '\0';
+	line[strcspn(line, "\n")] = '\0';
+	close(fd);
+}
+
+/* The kernel looks at its clocks each half second. */
+static void check_clock(unsigned seconds)
+{
+	const char *folder = "/sys/devices/system/clocksource/clocksource0";
+	char path[128], clock[32];
+
+	mkdir("/sys", 0755);
+	if (mount("none", "/sys", "sysfs", 0, NULL))
+		fail("clock", "no sysfs");
+	sleep(seconds);
+	snprintf(path, sizeof(path), "%s/current_clocksource", folder);
+	read_line(path, clock, sizeof(clock));
+	if (strcmp(clock, "tsc"))
+		fail("clock", "after %u s it is %s", seconds, clock);
+	printf("guest: after %u s the clock is tsc\n", seconds);
+}
+
+/* What a kernel writes that has found something wrong with its machine or itself. */
+static const char *const complaints[] = {
+	"WARNING:",
+	"BUG:",
+	"Call Trace",
+	"unchecked MSR access",
+	"general protection",
+	"nobody cared",
+	"APIC error",
+	"soft lockup",
+	"detected stall",
+	"TSC ADJUST",
+	"TSC warp",
+	"unstable",
+	"timekeeping watchdog",
+	"failed to come online",
+	"Not responding",
+};
+
+static void check_log(void)
+{
+	static char log[1 << 20];
+	unsigned lines = 0, level, i;
+	char *line, *next, *text;
+	int length = klogctl(3, log, sizeof(log) - 1);
+
+	if (length <= 0)
+		fail("log", "cannot be read");
+	log[length] = '\0';
+	for (line = log; line && *line; line = next) {
+		next = strchr(line, '\n');
+		if (next)
+			*next++ = '\0';
+		lines++;
+		/* <LEVEL>[SECONDS] TEXT; what continues a line has no time. */
+		level = line[0] == '<' ? (unsigned)atoi(line + 1) & 7 : 7;
+		text = line[0] == '<' ? line + 3 : line;
+		if (text[0] == '[')
+			text += strcspn(text, "]") + 2;
+		if (level <= 4)
+			printf("guest log: %s\n", text);
+		for (i = 0; i < sizeof(complaints) / sizeof(complaints[0]); i++)
+			if (strstr(text, complaints[i]))
+				fail("log", "%s", text);
+	}
+	printf("guest: no complaint in %u lines of the log\n", lines);
+}
+
+static unsigned wanted(const char *name, unsigned otherwise)
+{
+	const char *value = getenv(name);
+
+	return value ? (unsigned)atoi(value) : otherwise;
+}
+
 int main(void)
 {
-	const char *wanted = getenv("guest_cpus");
-	unsigned cpus = wanted ? (unsigned)atoi(wanted) : 1;
+	unsigned cpus = wanted("guest_cpus", 1);
+	unsigned seed = wanted("guest_vectors", 0), seconds = wanted("guest_clock", 0);
 
 	if (getpid() != 1) {
 		fprintf(stderr, "this is /init of a virtual machine: it reboots the machine\n");
@@ -372,6 +492,11 @@ int main(void)
 	check_file();
 	check_sleep();
 	check_children(cpus);
+	if (seed)
+		check_vectors(seed);
+	if (seconds)
+		check_clock(seconds);
+	check_log();
 	printf("GUEST: PASS\n");
 	end();
 	return 0;

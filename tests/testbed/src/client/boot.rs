@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::system::{End, System};
+
 /// Where the client's files lie in the emulated PC.
 pub const FOLDER: &str = "/client";
 
@@ -32,15 +34,6 @@ impl Machine {
         }
     }
 
-    /// The board with its options. QEMU gives a microvm no clock chip where it has KVM, and Linux looks for it for
-    /// seconds; with `hax` it gives one by itself.
-    fn board(self) -> &'static str {
-        match self {
-            Self::Pc => "pc",
-            Self::Microvm => "microvm,rtc=on",
-        }
-    }
-
     /// The board called this by QEMU.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
@@ -56,49 +49,50 @@ impl Machine {
     }
 }
 
-/// The form of the kernel that is loaded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Image {
-    /// Compressed, entered in real mode (pc) or 32-bit mode; as on any machine.
-    #[default]
-    BzImage,
-    /// The ELF file, entered through its PVH note: a quarter fewer instructions, but 14 MB large.
-    /// `Client::add_to` does not copy it: put it at `/client/vmlinux`.
-    Vmlinux,
-}
-
 /// One boot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Boot {
     /// The board.
     pub machine: Machine,
-    /// Virtual processors, 1 to 4.
+    /// The guest.
+    pub system: System,
+    /// Virtual processors, 1 to 16; [`System::Tiny`] uses 4.
     pub cpus: u32,
-    /// Guest memory in MiB, at least 24.
+    /// Guest memory in MiB, at least 24 for Linux.
     pub memory_mb: u32,
-    /// The kernel's form.
-    pub image: Image,
     /// The time-stamp counter's rate in kHz, if it is known: the guest then does not measure it, which
-    /// an emulated PC is too slow for.
+    /// an emulated PC is too slow for, and trusts it.
     pub tsc_khz: Option<u32>,
+    /// Linux holds patterns in vector registers for a while, made from this number.
+    pub vectors: Option<u32>,
+    /// Linux looks after this many seconds whether the time-stamp counter is still its clock.
+    pub clock_seconds: Option<u32>,
     /// Lets the kernel print its messages, from its first on; each character is two or three exits.
     pub verbose: bool,
-    /// QEMU's accelerator: `hax`, or `kvm` to compare with.
+    /// QEMU's accelerator: `hax`, or `kvm` or `tcg` to try the guest without the driver.
     pub accelerator: &'static str,
-    /// The name of the guest's initramfs in [`FOLDER`].
+    /// The name of the tiny Linux's initramfs in [`FOLDER`].
     pub initramfs: &'static str,
 }
 
 impl Boot {
-    /// One processor, 64 MiB, the time-stamp counter of [`crate::Pc`].
+    /// One processor, the tiny Linux in 64 MiB, the time-stamp counter of [`crate::Pc`].
     #[must_use]
     pub fn new(machine: Machine) -> Self {
+        Self::of(System::Tiny, machine)
+    }
+
+    /// One processor and this guest, in as much memory as it needs.
+    #[must_use]
+    pub fn of(system: System, machine: Machine) -> Self {
         Self {
             machine,
+            system,
             cpus: 1,
-            memory_mb: 64,
-            image: Image::default(),
+            memory_mb: system.memory_mb(),
             tsc_khz: Some(crate::pc::INSTRUCTIONS_PER_SECOND / 1000),
+            vectors: None,
+            clock_seconds: None,
             verbose: false,
             accelerator: "hax",
             initramfs: INITRAMFS,
@@ -108,21 +102,37 @@ impl Boot {
     /// The guest kernel's command line.
     #[must_use]
     pub fn append(&self) -> String {
-        // reboot=t: a triple fault, which is a STATECHANGE exit, ends the machine. The IO-APIC's
-        // timer check panics where interrupt handlers are slower than the tick.
+        match self.system {
+            System::Mach => "console=com0".to_owned(),
+            // Neither pictures nor speed measurements.
+            System::Memtest => "console=ttyS0,115200 nobench nosm nopause nosmp".to_owned(),
+            _ => self.append_linux(),
+        }
+    }
+
+    fn append_linux(&self) -> String {
+        // reboot=t: a triple fault, which is a STATECHANGE exit, ends the machine.
         let mut words = vec![
             "console=ttyS0".to_owned(),
             "reboot=t".to_owned(),
             "panic=-1".to_owned(),
-            "no_timer_check".to_owned(),
-            "tsc=reliable".to_owned(),
-            format!("guest_cpus={}", self.cpus),
         ];
-        if let Some(khz) = self.tsc_khz {
-            words.push(format!("tsc_early_khz={khz}"));
-            // Time-stamp counts per tick of 10 ms. Otherwise each processor measures for 0.1 s.
-            words.push(format!("lpj={}", u64::from(khz) * 10));
+        if self.system != System::Tiny {
+            // Seconds of self-tests in the background.
+            words.push("cryptomgr.notests".to_owned());
         }
+        if let Some(khz) = self.tsc_khz {
+            // The IO-APIC's timer check panics where interrupt handlers are slower than the tick.
+            words.push("no_timer_check".to_owned());
+            words.push("tsc=reliable".to_owned());
+            words.push(format!("tsc_early_khz={khz}"));
+            // Time-stamp counts per tick. Otherwise each processor measures for 0.1 s.
+            words.push(format!("lpj={}", u64::from(khz) * 1000 / self.system.hz()));
+        }
+        words.push(format!("guest_cpus={}", self.cpus));
+        let seed = self.vectors.map(|n| format!("guest_vectors={n}"));
+        let seconds = self.clock_seconds.map(|n| format!("guest_clock={n}"));
+        words.extend([seed, seconds].into_iter().flatten());
         let print = if self.verbose {
             "earlyprintk=serial"
         } else {
@@ -135,16 +145,12 @@ impl Boot {
     /// QEMU and its arguments, with files where [`super::Client::add_to`] puts them.
     #[must_use]
     pub fn command(&self) -> Vec<String> {
-        let image = match self.image {
-            Image::BzImage => "bzImage",
-            Image::Vmlinux => "vmlinux",
-        };
         let file = |name: &str| format!("{FOLDER}/{name}");
         let firmware = file("firmware");
         let mut words: Vec<String> = Vec::new();
         let mut put = |name: &str, value: String| words.extend([name.to_owned(), value]);
         put("-accel", self.accelerator.to_owned());
-        put("-M", self.machine.board().to_owned());
+        put("-M", self.machine.name().to_owned());
         put("-m", self.memory_mb.to_string());
         // One package each: SeaBIOS lists in the MP table the first processor of a package only.
         put(
@@ -156,8 +162,10 @@ impl Boot {
         put("-serial", "stdio".to_owned());
         put("-bios", format!("{firmware}/{}", self.machine.firmware()));
         put("-L", firmware);
-        put("-kernel", file(image));
-        put("-initrd", file(self.initramfs));
+        put("-kernel", self.system.kernel());
+        if let Some(initrd) = self.system.initrd(self.initramfs) {
+            put("-initrd", initrd);
+        }
         put("-append", self.append());
         words.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned));
         words.insert(0, file("qemu"));
@@ -170,6 +178,28 @@ impl Boot {
     pub fn shell_line(&self) -> String {
         let quoted: Vec<String> = self.command().iter().map(|w| quote(w)).collect();
         format!("{} </dev/null", quoted.join(" "))
+    }
+
+    /// Shell commands that run the guest to its end. A guest that does not end by itself is ended
+    /// when it has said enough, and its verdict is spoken for it.
+    #[must_use]
+    pub fn shell_script(&self) -> String {
+        let line = self.shell_line();
+        let End::Seen { enough, good, bad } = self.system.end() else {
+            return line;
+        };
+        // What is drawn on a screen comes as escape sequences: a line each.
+        format!(
+            "{line} >/tmp/guest.log 2>&1 &
+qemu=$!
+until grep -aq '{enough}' /tmp/guest.log || ! kill -0 $qemu 2>/dev/null; do sleep 1; done
+kill $qemu 2>/dev/null
+wait $qemu 2>/dev/null
+tr '\\033' '\\n' </tmp/guest.log >/tmp/guest.lines
+tail -n 40 /tmp/guest.lines
+grep -q '{enough}' /tmp/guest.lines && grep -q '{good}' /tmp/guest.lines &&
+    ! grep -q '{bad}' /tmp/guest.lines && echo 'GUEST: PASS'"
+        )
     }
 }
 
@@ -238,15 +268,64 @@ mod tests {
             line.contains(" -bios /client/firmware/bios-256k.bin -L /client/firmware "),
             "{line}"
         );
-        let append = "'console=ttyS0 reboot=t panic=-1 no_timer_check tsc=reliable guest_cpus=2 \
-                      tsc_early_khz=50000 lpj=500000 quiet'";
+        let append = "'console=ttyS0 reboot=t panic=-1 no_timer_check tsc=reliable \
+                      tsc_early_khz=50000 lpj=500000 guest_cpus=2 quiet'";
         assert!(line.contains(append), "{line}");
         assert!(line.ends_with(" -no-reboot </dev/null"), "{line}");
         let line = Boot::new(Machine::Microvm).shell_line();
         assert!(
-            line.contains(" -M microvm,rtc=on ") && line.contains("/qboot.rom "),
+            line.contains(" -M microvm ") && line.contains("/qboot.rom "),
             "{line}"
         );
+    }
+
+    #[test]
+    fn a_guest_that_measures_its_clock_is_told_nothing_of_it() {
+        let boot = Boot {
+            tsc_khz: None,
+            clock_seconds: Some(5),
+            ..Boot::of(System::Debian6_1, Machine::Pc)
+        };
+        let line = boot.append();
+        assert!(line.contains(" guest_clock=5 "), "{line}");
+        assert!(!line.contains("tsc") && !line.contains("lpj"), "{line}");
+    }
+
+    #[test]
+    fn guests_that_never_end_are_ended_and_judged() {
+        assert!(!Boot::new(Machine::Pc).shell_script().contains("kill"));
+        // The script with a program in QEMU's place that prints this and then waits.
+        let judged = |system, output: &str| {
+            let boot = Boot::of(system, Machine::Pc);
+            let log = format!("/tmp/haxm-script-{}", std::process::id());
+            let script = boot
+                .shell_script()
+                .replace(
+                    &boot.shell_line(),
+                    &format!("{{ echo '{output}'; exec sleep 9; }}"),
+                )
+                .replace("/tmp/guest", &log);
+            let out = std::process::Command::new("sh")
+                .args(["-c", &script])
+                .output();
+            for end in ["log", "lines"] {
+                drop(std::fs::remove_file(format!("{log}.{end}")));
+            }
+            let out = out.unwrap();
+            let text = String::from_utf8_lossy(&out.stdout).into_owned();
+            assert_eq!(
+                out.status.success(),
+                text.ends_with("GUEST: PASS\n"),
+                "{text}"
+            );
+            out.status.success()
+        };
+        assert!(judged(System::Mach, "guest: x\nGUEST: PASS"));
+        assert!(!judged(System::Mach, "guest: x\nGUEST: FAIL memory: lost"));
+        let screen =
+            |errors| format!("\x1b[4;35H #4 [x]\x1b[9;1HPass:  0        Errors: {errors} ");
+        assert!(judged(System::Memtest, &screen(0)));
+        assert!(!judged(System::Memtest, &screen(3)));
     }
 
     #[test]

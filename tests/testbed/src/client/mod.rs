@@ -16,14 +16,17 @@
 //! ```
 
 mod boot;
+mod foreign;
 pub mod guest_init;
 pub mod guest_kernel;
 pub mod qemu;
 mod source;
+mod system;
 
-pub use boot::{Boot, FOLDER, INITRAMFS, Image, MEASURING, Machine, Verdict, verdict};
+pub use boot::{Boot, FOLDER, INITRAMFS, MEASURING, Machine, Verdict, verdict};
 pub use guest_kernel::GuestKernel;
 pub use qemu::Qemu;
+pub use system::{Files, System};
 
 use std::path::PathBuf;
 
@@ -33,7 +36,8 @@ use crate::cpio::Initramfs;
 use crate::folder::WorkFolder;
 use crate::packages;
 
-/// Everything the emulated PC needs to run a guest.
+/// Everything the emulated PC needs to run a guest; other guests than the tiny Linux have more
+/// [`Files`].
 #[derive(Clone, Debug)]
 pub struct Client {
     /// The virtual machine monitor.

@@ -19,7 +19,7 @@ use crate::{bzimage, packages};
 const SUFFIX: &str = "-cloud-amd64";
 
 /// The numbers of a version, for comparing.
-fn numbers(version: &str) -> Vec<u64> {
+pub(crate) fn numbers(version: &str) -> Vec<u64> {
     let digits = version.split(|c: char| !c.is_ascii_digit());
     digits.filter_map(|d| d.parse().ok()).collect()
 }
