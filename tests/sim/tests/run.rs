@@ -4,7 +4,7 @@ use abi::debug::VcpuDebug;
 use abi::tunnel::{ExitStatus, IoDirection, offset};
 use sim::client::{CODE, Client};
 use sim::{Machine, Profile, Step};
-use vmx::Error;
+use vmx::{Error, Vm};
 
 const RAX: usize = 0;
 const RCX: usize = 1;
@@ -259,7 +259,7 @@ fn a_machine_check_is_the_hosts_and_ends_the_guest() {
 #[test]
 fn a_change_of_guest_bars_its_branch_predictions() {
     let client = Client::new(&Machine::new(Profile::skylake_x(), 1));
-    let other = vmx::Vm::create_vcpu(&client.vm, 1).unwrap();
+    let other = Vm::create_vcpu(&client.vm, 1).unwrap();
     let writes = || {
         let before = client.machine.counts().wrmsr;
         assert_eq!(client.run([Step::output(1, 1, 1)]), ExitStatus::Io);
@@ -290,6 +290,51 @@ fn a_kick_ends_a_run_on_another_thread() {
     }
     assert_eq!(thread.join().unwrap(), Ok(()));
     assert_eq!(client.tunnel().status(), Some(ExitStatus::Interrupt));
+    client.finish();
+}
+
+/// QEMU tells the thread of the other vCPU by a signal that is blocked there:
+/// without help it hears of the interrupt at the host's next tick.
+#[test]
+fn an_interprocessor_interrupt_ends_the_runs_of_the_other_vcpus() {
+    let client = client();
+    let machine = &client.machine;
+    // One processor each, and no VMCS to be fetched from the other's.
+    machine.set_affinity(Some(0));
+    let second = Vm::create_vcpu(&client.vm, 1).unwrap();
+    second.set_regs(&client.regs()).unwrap();
+    let entries = machine.counts().vmlaunch;
+    let spinning = machine.clone();
+    let thread = std::thread::spawn(move || {
+        spinning.set_affinity(Some(1));
+        spinning.script([Step::spin_until_interrupt()]);
+        second.run()
+    });
+    while machine.counts().vmlaunch == entries {
+        std::thread::yield_now();
+    }
+    let write_to = |place: u8| {
+        // mov [fee00xx0h], eax
+        client.load(CODE, &[0xa3, place << 4, place >> 4, 0xe0, 0xfe]);
+        client.change_regs(|state| state.rip = CODE);
+        let at = 0xfee0_0000 | u64::from(place) << 4;
+        assert_eq!(client.run([Step::write(at, 4, 0, 5)]), ExitStatus::FastMmio);
+        client.set_tunnel(offset::USER_EVENT_PENDING, 1);
+        assert_eq!(client.run([]), ExitStatus::Interrupt);
+    };
+    for _ in 0..100 {
+        write_to(0x31); // its upper half sends nothing
+    }
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert!(!thread.is_finished());
+    let mut rounds = 0;
+    while !thread.is_finished() {
+        rounds += 1;
+        assert!(rounds < 1000, "the other RUN goes on");
+        write_to(0x30);
+        std::thread::yield_now();
+    }
+    assert_eq!(thread.join().unwrap(), Ok(()));
     client.finish();
 }
 

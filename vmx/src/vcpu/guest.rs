@@ -1,7 +1,7 @@
 //! What the vCPUs of one VM share.
 
 use alloc::boxed::Box;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use abi::cpuid::CpuidEntry;
 
@@ -18,6 +18,9 @@ use crate::sync::{Lock, LockClass};
 /// Most vCPUs of a VM: the interface's limit.
 pub const MAX_VCPUS: u32 = abi::MAX_VCPUS;
 
+/// Not in the guest.
+pub const NOWHERE: usize = usize::MAX;
+
 /// One VM below its vCPUs.
 pub struct Guest<H: Host> {
     /// Guest-physical memory. Before `membership`, so that it is gone when VMX
@@ -28,6 +31,8 @@ pub struct Guest<H: Host> {
     cpuid_version: AtomicU32,
     /// One bit per vCPU that exists.
     vcpus: AtomicU32,
+    /// The processor that each vCPU's guest has, or [`NOWHERE`].
+    positions: [AtomicUsize; MAX_VCPUS as usize],
     /// What all vCPUs add to the time-stamp counter.
     tsc_offset: AtomicU64,
     /// IA32_TSC_ADJUST of all vCPUs.
@@ -51,6 +56,7 @@ impl<H: Host> Guest<H> {
             cpuid: Lock::new(LockClass::Vm, cpuid)?,
             cpuid_version: AtomicU32::new(0),
             vcpus: AtomicU32::new(0),
+            positions: [const { AtomicUsize::new(NOWHERE) }; MAX_VCPUS as usize],
             tsc_offset: AtomicU64::new(host.cpu().rdtsc().wrapping_neg()),
             tsc_adjust: AtomicU64::new(0),
             membership,
@@ -153,6 +159,31 @@ impl<H: Host> Guest<H> {
             return Err(Error::Busy);
         }
         Ok(())
+    }
+
+    /// Says that a vCPU's guest has this processor from now on, or
+    /// [`NOWHERE`].
+    pub fn set_position(&self, id: u32, cpu: usize) {
+        if let Some(position) = self.positions.get(id as usize) {
+            position.store(cpu, Ordering::SeqCst);
+        }
+    }
+
+    /// Interrupts the processor that has this vCPU's guest, if one has.
+    pub fn kick(&self, id: u32) {
+        let position = self.positions.get(id as usize);
+        let cpu = position.map_or(NOWHERE, |at| at.load(Ordering::SeqCst));
+        if cpu != NOWHERE {
+            self.host().kick(cpu);
+        }
+    }
+
+    /// Interrupts the guests of all vCPUs but one.
+    pub fn kick_others(&self, than: u32) {
+        let others = self.vcpus.load(Ordering::Acquire) & !(1 << than);
+        for id in (0..MAX_VCPUS).filter(|id| others & (1 << id) != 0) {
+            self.kick(id);
+        }
     }
 
     /// Gives a vCPU number back.

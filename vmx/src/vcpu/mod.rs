@@ -37,7 +37,7 @@ mod vmcs;
 pub use guest::{Guest, MAX_VCPUS};
 
 use alloc::boxed::Box;
-use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use abi::cpuid::CpuidEntry;
 use abi::debug::VcpuDebug;
@@ -69,9 +69,6 @@ use registers::Registers;
 use switched_msrs::SwitchedMsrs;
 use tunnel::Channel;
 use vmcs::Current;
-
-/// Not in the guest.
-const NOWHERE: usize = usize::MAX;
 
 /// What only the thread that holds the vCPU's lock touches.
 pub struct Inner<H: Host> {
@@ -118,6 +115,9 @@ pub struct Inner<H: Host> {
     /// The last look found nothing to do before an entry, and nothing has
     /// happened since that could change that: see `Vcpu::is_quiet`.
     quiet: bool,
+    /// The guest sent an interprocessor interrupt by the client's APIC, which
+    /// knows it when the next RUN comes.
+    sent_ipi: bool,
     /// The guest is lost; every RUN says so.
     dead: bool,
     /// Exits so far, by basic reason.
@@ -132,8 +132,6 @@ pub struct Vcpu<H: Host> {
     channel: Channel<H>,
     /// Some thread is in RUN.
     running: AtomicBool,
-    /// The processor it runs on, for kicks.
-    on_cpu: AtomicUsize,
     /// Kept for the processor, which has their addresses.
     _vmcs: OwnedPage<H>,
     msr_bitmap: OwnedPage<H>,
@@ -199,6 +197,7 @@ impl<H: Host> Inner<H> {
             completed: false,
             step_due: false,
             quiet: false,
+            sent_ipi: false,
             dead: false,
             exits: try_box([0; ExitReason::COUNT])?,
         })
@@ -245,7 +244,6 @@ impl<H: Host> Vcpu<H> {
             vectors: PendingVectors::new(),
             channel,
             running: AtomicBool::new(false),
-            on_cpu: AtomicUsize::new(NOWHERE),
             _vmcs: vmcs,
             msr_bitmap,
             number,
@@ -395,10 +393,7 @@ impl<H: Host> Vcpu<H> {
 
     /// KICKOFF: makes a running guest exit.
     pub fn kick(&self) {
-        let cpu = self.on_cpu.load(Ordering::SeqCst);
-        if cpu != NOWHERE {
-            self.guest().host().kick(cpu);
-        }
+        self.guest().kick(self.id());
     }
 
     /// Takes up a CPUID table that changed since the last look.

@@ -12,9 +12,10 @@ use abi::tunnel::{EXIT_REASON_PAUSE, ExitStatus, TunnelPageFault, USER_EVENT_PEN
 use zerocopy::IntoBytes;
 
 use super::decode::Exit;
+use super::guest::NOWHERE;
 use super::handle::{self, Next, Work};
 use super::vmcs::Current;
-use super::{Inner, NOWHERE, Vcpu};
+use super::{Inner, Vcpu};
 use crate::Error;
 use crate::arch::addr::Gpa;
 use crate::arch::control::Primary;
@@ -29,6 +30,11 @@ use crate::operation::NotLoaded;
 /// Exits handled before the processor is given back for a moment: an interrupt
 /// that exits keep from being recognized is then taken at last.
 const EXITS_PER_LOAN: u32 = 4096;
+
+/// The address in IA32_APIC_BASE, and the interrupt command register's place
+/// in that page: SDM 11.4.1 "The Local APIC Block Diagram", table 11-1.
+const APIC_PAGE: u64 = 0x000f_ffff_ffff_f000;
+const APIC_COMMAND: u64 = 0x300;
 
 /// Resets the running mark when RUN ends.
 struct Running<'a, H: Host>(&'a Vcpu<H>);
@@ -59,7 +65,12 @@ impl<H: Host> Vcpu<H> {
         let mut inner = self.inner.lock();
         let status = self.until_exit(&mut inner)?;
         self.channel.set_exit_status(status.raw());
-        self.channel.set_apic_base(inner.msrs.apic_base());
+        let apic_base = inner.msrs.apic_base();
+        self.channel.set_apic_base(apic_base);
+        if status == ExitStatus::FastMmio {
+            let command = (apic_base & APIC_PAGE).wrapping_add(APIC_COMMAND);
+            inner.sent_ipi = self.channel.is_fast_mmio_write_to(command);
+        }
         drop(inner);
         drop(running);
         if status == ExitStatus::Unknown {
@@ -81,6 +92,11 @@ impl<H: Host> Vcpu<H> {
             inner.finish_in(size, data);
         }
         self.finish_move(inner);
+        if core::mem::take(&mut inner.sent_ipi) {
+            // The client has it in its APIC by now, and has told the threads
+            // of the other vCPUs in a way that QEMU's do not hear in RUN.
+            self.guest().kick_others(self.id());
+        }
         let mut next = Next::Resume;
         if inner.emulation.is_under_way() {
             inner.quiet = false;
@@ -175,7 +191,7 @@ impl<H: Host> Vcpu<H> {
         inner.switched.load(cpu, inner.modes.has_syscall());
         inner.on_loan = true;
         inner.debug.load(cpu);
-        self.on_cpu.store(cpu_number, Ordering::SeqCst);
+        self.guest().set_position(self.id(), cpu_number);
         let mut left = EXITS_PER_LOAN;
         let next = loop {
             left = left.saturating_sub(1);
@@ -189,7 +205,7 @@ impl<H: Host> Vcpu<H> {
                 next => break next,
             }
         };
-        self.on_cpu.store(NOWHERE, Ordering::SeqCst);
+        self.guest().set_position(self.id(), NOWHERE);
         let ready = next == Next::Leave(ExitStatus::Hlt) || self.is_ready(inner, current);
         self.channel.set_ready(u32::from(ready));
         inner.debug.restore(cpu);

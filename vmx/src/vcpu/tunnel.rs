@@ -172,6 +172,18 @@ impl<H: Host> Channel<H> {
         self.set_record(offset_of!(FastMmio, direction), direction);
     }
 
+    /// Whether the fast-MMIO record is a write to this address, unless the
+    /// client has changed it.
+    pub fn is_fast_mmio_write_to(&self, gpa: u64) -> bool {
+        let place = self.buffer.kernel().as_ptr();
+        let at = place.wrapping_add(offset_of!(FastMmio, gpa));
+        // SAFETY: inside the page and aligned, by the record's layout.
+        let address = unsafe { at.cast::<u64>().read_volatile() };
+        let at = place.wrapping_add(offset_of!(FastMmio, direction));
+        // SAFETY: as above.
+        address == gpa && unsafe { at.read_volatile() } == 1
+    }
+
     /// The value a client put into the fast-MMIO record for a read.
     pub fn fast_mmio_value(&self) -> u64 {
         let place = self.buffer.kernel().as_ptr();
