@@ -4,14 +4,14 @@ use anyhow::Result;
 use testbed::Flavour;
 use testbed::client::{Boot, Machine, System};
 
-use crate::test::verdict;
+use crate::vectors::{self, Registers};
 use crate::{run, setup};
 
-/// A guest, and the emulated PC's kernel for it.
+/// A guest, and the emulated PC's kernel for it; or two that use vector registers.
 #[derive(Clone, Debug)]
-pub(crate) struct Stage {
-    boot: Boot,
-    flavour: Flavour,
+pub(crate) enum Stage {
+    One { boot: Boot, flavour: Flavour },
+    Vectors(Registers),
 }
 
 /// All of them, the quickest first.
@@ -27,7 +27,7 @@ pub(crate) fn stages() -> Vec<Stage> {
         clock_seconds: Some(5),
         ..on(System::Debian6_1, pc, 2)
     };
-    [
+    let guests = [
         (on(System::Tiny, microvm, 1), Cloud6_1),
         (on(System::Tiny, microvm, 2), Cloud6_1),
         (on(System::Tiny, microvm, 4), Cloud6_1),
@@ -40,29 +40,39 @@ pub(crate) fn stages() -> Vec<Stage> {
         (on(System::Debian6_12, microvm, 1), Cloud6_1),
         (clock, Cloud6_12),
     ]
-    .map(|(boot, flavour)| Stage { boot, flavour })
-    .into()
+    .map(|(boot, flavour)| Stage::One { boot, flavour });
+    let vectors = Registers::ALL.map(Stage::Vectors);
+    guests.into_iter().chain(vectors).collect()
 }
 
 impl Stage {
     /// What it says while it runs.
     pub(crate) fn name(&self) -> String {
-        let clock = match self.boot.clock_seconds {
+        let (boot, flavour) = match self {
+            Self::One { boot, flavour } => (boot, flavour),
+            Self::Vectors(registers) => {
+                return format!("{} of two guests and the host", registers.name());
+            }
+        };
+        let clock = match boot.clock_seconds {
             Some(_) => ", its clock",
             None => "",
         };
         format!(
             "guest {}, {} with {} CPU(s), kernel {}{clock}",
-            self.boot.system.name(),
-            self.boot.machine.name(),
-            self.boot.cpus,
-            self.flavour.series()
+            boot.system.name(),
+            boot.machine.name(),
+            boot.cpus,
+            flavour.series()
         )
     }
 
     /// The emulated PC's kernel.
     pub(crate) fn flavour(&self) -> Flavour {
-        self.flavour
+        match self {
+            Self::One { flavour, .. } => *flavour,
+            Self::Vectors(_) => Flavour::Cloud6_1,
+        }
     }
 
     /// Runs it, with the parts of its flavour.
@@ -71,11 +81,22 @@ impl Stage {
     /// The guest did not pass, or could not be started.
     pub(crate) fn run(&self, parts: &setup::Parts) -> Result<()> {
         let mut serial = Vec::new();
-        let outcome = run::boot(parts, &self.boot, self.flavour, &mut serial)?;
-        let passed = run::passed(&outcome);
-        if !passed {
+        let (outcome, judged) = match self {
+            Self::One { boot, flavour } => {
+                let outcome = run::boot(parts, boot, *flavour, &mut serial)?;
+                let judged = run::judge(&outcome);
+                (outcome, judged)
+            }
+            Self::Vectors(registers) => {
+                let outcome = vectors::run(parts, self.flavour(), *registers, &mut serial)?;
+                let judged = vectors::judge(&outcome, *registers);
+                (outcome, judged)
+            }
+        };
+        if judged.is_err() {
             println!("{}", outcome.serial);
         }
-        verdict(&outcome, passed)
+        println!("test: {outcome}");
+        judged
     }
 }

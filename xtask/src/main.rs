@@ -14,6 +14,7 @@ mod run;
 mod setup;
 mod test;
 mod testbed;
+mod vectors;
 
 use std::process::ExitCode;
 

@@ -10,6 +10,7 @@ use testbed::client::{Boot, Machine, System, Verdict, verdict};
 use testbed::{Flavour, Outcome, Pc, WorkFolder};
 
 use crate::setup;
+use crate::vectors::{self, Registers};
 
 const HELP: &str = "usage: cargo xtask run [OPTIONS]
 Boots the emulated PC, loads haxm.ko, probes /dev/HAX, and boots a guest under QEMU -accel hax.
@@ -21,6 +22,7 @@ The guest's console comes as it boots; the exit code is 0 only if the guest pass
   --kernel K   the emulated PC's kernel, 6.1 (the default), 6.12 or 7
   --clock N    Linux measures its clock by itself, and it must be good for N seconds
   --kvm        under KVM instead of haxm.ko
+  --vectors R  instead, AVX or AVX-512: two tiny guests and a process of the emulated PC all use them
   --verbose    a Linux guest prints all its messages";
 
 /// What the guest may take.
@@ -34,6 +36,7 @@ const CLOCK_RATE: u32 = 400_000_000;
 struct Options {
     boot: Boot,
     flavour: Flavour,
+    vectors: Option<Registers>,
 }
 
 fn options(args: &[String]) -> Result<Option<Options>> {
@@ -41,6 +44,7 @@ fn options(args: &[String]) -> Result<Option<Options>> {
     let mut machine = None;
     let mut flavour = Flavour::default();
     let mut boot = Boot::new(Machine::Microvm);
+    let mut vectors = None;
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} wants a value"));
@@ -57,7 +61,16 @@ fn options(args: &[String]) -> Result<Option<Options>> {
                 boot.clock_seconds = Some(value()?.parse().context("--clock wants seconds")?);
                 boot.tsc_khz = None;
             }
-            "--kvm" => boot.accelerator = "kvm",
+            "--vectors" => {
+                let name = value()?;
+                let found = Registers::ALL.iter().find(|r| r.name() == name);
+                vectors = Some(*found.context("--vectors wants AVX or AVX-512")?);
+            }
+            "--kvm" => {
+                boot.accelerator = "kvm";
+                // What KVM offers its guests beside a processor is not to be compared.
+                boot.cpu = Some("host,kvm=off");
+            }
             "--verbose" => boot.verbose = true,
             _ => bail!("cannot make sense of '{arg}'\n{HELP}"),
         }
@@ -78,7 +91,11 @@ fn options(args: &[String]) -> Result<Option<Options>> {
     );
     boot.system = system;
     boot.memory_mb = system.memory_mb();
-    Ok(Some(Options { boot, flavour }))
+    Ok(Some(Options {
+        boot,
+        flavour,
+        vectors,
+    }))
 }
 
 /// Runs the command with the words after its name.
@@ -93,20 +110,31 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
         "run: all parts ready after {:.1} s",
         start.elapsed().as_secs_f64()
     );
-    let outcome = boot(
-        &parts,
-        &options.boot,
-        options.flavour,
-        &mut std::io::stdout(),
-    )?;
+    let serial = &mut std::io::stdout();
+    let (outcome, judged) = match options.vectors {
+        Some(registers) => {
+            let outcome = vectors::run(&parts, options.flavour, registers, serial)?;
+            let judged = vectors::judge(&outcome, registers);
+            (outcome, judged)
+        }
+        None => {
+            let outcome = boot(&parts, &options.boot, options.flavour, serial)?;
+            let judged = judge(&outcome);
+            (outcome, judged)
+        }
+    };
     report(&outcome);
     println!("run: {:.1} s in all", start.elapsed().as_secs_f64());
-    if passed(&outcome) {
-        println!("run: PASSED");
-        return Ok(ExitCode::SUCCESS);
+    match judged {
+        Ok(()) => {
+            println!("run: PASSED");
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(why) => {
+            println!("run: FAILED: {why}\n{outcome}");
+            Ok(ExitCode::FAILURE)
+        }
     }
-    println!("run: FAILED\n{outcome}");
-    Ok(ExitCode::FAILURE)
 }
 
 /// Boots one guest on the emulated PC.
@@ -168,8 +196,21 @@ pub(crate) fn machine(parts: &setup::Parts, flavour: Flavour) -> Pc {
 }
 
 /// The guest said PASS, and the script around it ended well.
-pub(crate) fn passed(outcome: &Outcome) -> bool {
-    outcome.success() && verdict(&outcome.serial) == Some(Verdict::Pass)
+///
+/// # Errors
+/// What did not.
+pub(crate) fn judge(outcome: &Outcome) -> Result<()> {
+    ensure!(
+        outcome.success(),
+        "{}, code {}",
+        outcome.cause,
+        outcome.code
+    );
+    match verdict(&outcome.serial) {
+        Some(Verdict::Pass) => Ok(()),
+        Some(fail) => bail!("the guest: {fail}"),
+        None => bail!("the guest came to no verdict"),
+    }
 }
 
 /// Prints what a run used.

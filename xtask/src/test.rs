@@ -166,7 +166,7 @@ fn huge_page(parts: &setup::Parts) -> Result<()> {
     verdict(&outcome, outcome.success())
 }
 
-pub(crate) fn verdict(outcome: &Outcome, passed: bool) -> Result<()> {
+fn verdict(outcome: &Outcome, passed: bool) -> Result<()> {
     println!("test: {outcome}");
     ensure!(passed, "it did not pass");
     Ok(())

@@ -71,6 +71,8 @@ pub struct Boot {
     pub verbose: bool,
     /// QEMU's accelerator: `hax`, or `kvm` or `tcg` to try the guest without the driver.
     pub accelerator: &'static str,
+    /// QEMU's processor, where the accelerator listens to it: `hax` does not.
+    pub cpu: Option<&'static str>,
     /// The name of the tiny Linux's initramfs in [`FOLDER`].
     pub initramfs: &'static str,
 }
@@ -95,6 +97,7 @@ impl Boot {
             clock_seconds: None,
             verbose: false,
             accelerator: "hax",
+            cpu: None,
             initramfs: INITRAMFS,
         }
     }
@@ -157,6 +160,9 @@ impl Boot {
             "-smp",
             format!("{0},sockets={0},cores=1,threads=1", self.cpus),
         );
+        if let Some(cpu) = self.cpu {
+            put("-cpu", cpu.to_owned());
+        }
         put("-display", "none".to_owned());
         put("-vga", "none".to_owned());
         put("-serial", "stdio".to_owned());
