@@ -17,6 +17,12 @@
 #include <linux/uaccess.h>
 #include <linux/version.h>
 
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0)
+#include <linux/unaligned.h>
+#else
+#include <asm/unaligned.h>
+#endif
+
 #include "haxm.h"
 
 /* The fault handler then gives up for any signal, not only a deadly one. */
@@ -292,8 +298,41 @@ void haxm_os_user_unwatch(void *handle)
 	mmu_notifier_unregister(&user->notifier, user->mm);
 }
 
+/*
+ * A page-table entry or the bytes of an instruction: one or two accesses, which
+ * overlap if the length is no power of two. An aligned word is read in one piece.
+ */
+static int haxm_get_small(u64 address, void *to, size_t length)
+{
+	u64 low, high;
+	u32 first, last;
+
+	if (length >= sizeof(u64)) {
+		if (get_user(low, (const u64 __user *)address))
+			return -EFAULT;
+		put_unaligned(low, (u64 *)to);
+		if (length == sizeof(u64))
+			return 0;
+		if (get_user(high, (const u64 __user *)(address + length - sizeof(u64))))
+			return -EFAULT;
+		put_unaligned(high, (u64 *)(to + length - sizeof(u64)));
+		return 0;
+	}
+	if (get_user(first, (const u32 __user *)address))
+		return -EFAULT;
+	put_unaligned(first, (u32 *)to);
+	if (length == sizeof(u32))
+		return 0;
+	if (get_user(last, (const u32 __user *)(address + length - sizeof(u32))))
+		return -EFAULT;
+	put_unaligned(last, (u32 *)(to + length - sizeof(u32)));
+	return 0;
+}
+
 int haxm_os_copy_in(u64 address, void *to, size_t length)
 {
+	if (length >= sizeof(u32) && length <= 2 * sizeof(u64))
+		return haxm_get_small(address, to, length);
 	return copy_from_user(to, (const void __user *)address, length) ? -EFAULT : 0;
 }
 

@@ -127,7 +127,7 @@ fn compare(rng: &mut Rng, mode: Mode, bytes: &[u8]) -> bool {
         None => Step::Read { gpa, size },
     };
     assert_eq!(asked, [asks], "{insn:?}");
-    assert_eq!(plain.is_store(), plain.loads().is_none());
+    assert_eq!(plain.is_store(), plain.load().is_none());
     match asks {
         Step::Write { value, .. } => {
             fast.poke(linear, &value.to_le_bytes()[..usize::from(size)]);
@@ -136,8 +136,9 @@ fn compare(rng: &mut Rng, mode: Mode, bytes: &[u8]) -> bool {
             let mut read = [0xa5; 8];
             let from = fast.peek(linear, usize::from(size));
             read[..from.len()].copy_from_slice(&from);
-            let to = plain.loads().expect("no store").number();
-            fast.gpr[to] = plain.loaded(fast.gpr[to], u64::from_le_bytes(read));
+            let load = plain.load().expect("no store");
+            let to = &mut fast.gpr[load.register().number()];
+            *to = load.result(*to, u64::from_le_bytes(read));
         }
     }
     fast.rip = plain.next_rip(fast.rip);

@@ -581,3 +581,64 @@ fn compare_exchange_is_checked_and_exact() {
     let hole = space.compare_exchange(Gpa(PAGE), 8, 0, 0);
     assert_eq!(hole, Err(AccessError::Mmio(Gpa(PAGE))));
 }
+
+/// What a series of reads has looked up stays good until the series ends, and a change waits for that.
+#[test]
+fn a_change_waits_for_a_series_of_reads() {
+    let (host, space) = machine();
+    back(&host, GB, MB, 0x1000, 12);
+    space.add_ram_block(Hva(GB), MB).unwrap();
+    for protect in [false, true] {
+        space.set_ram(0, MB, GB, 0).unwrap();
+        space.write(Gpa(PAGE), &[7]).unwrap();
+        let returned = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let reader = space.reader();
+            let mut byte = [0];
+            reader.read(Gpa(0), &mut byte).unwrap();
+            scope.spawn(|| {
+                if protect {
+                    space.protect_ram(0, MB, 0).unwrap();
+                } else {
+                    space.set_ram(0, MB, 0, INVALID).unwrap();
+                }
+                returned.store(true, Ordering::SeqCst);
+            });
+            std::thread::sleep(Duration::from_millis(50));
+            reader.read(Gpa(PAGE), &mut byte).unwrap();
+            assert_eq!(byte, [7]);
+            assert!(!returned.load(Ordering::SeqCst), "the buffer is gone");
+        });
+        assert!(returned.load(Ordering::SeqCst));
+        let refused = if protect {
+            AccessError::Protected(Gpa(0))
+        } else {
+            AccessError::Mmio(Gpa(PAGE))
+        };
+        let result = space.reader().read(Gpa(PAGE), &mut [0]);
+        assert_eq!(result, Err(refused));
+    }
+}
+
+/// A series of reads goes from slot to slot, back and forth, and finds what a single read finds.
+#[test]
+fn a_series_of_reads_keeps_slots_apart() {
+    let (host, space) = machine();
+    back(&host, GB, 4 * PAGE, 0x1000, 12);
+    space.add_ram_block(Hva(GB), 4 * PAGE).unwrap();
+    // The second page is a hole, the third the block's last.
+    space.set_ram(0, PAGE, GB, 0).unwrap();
+    space.set_ram(2 * PAGE, PAGE, GB + 3 * PAGE, 0).unwrap();
+    space.write(Gpa(PAGE - 8), &[1; 8]).unwrap();
+    space.write(Gpa(2 * PAGE), &[2; 8]).unwrap();
+    let reader = space.reader();
+    let mut bytes = [0; 8];
+    for _ in 0..2 {
+        reader.read(Gpa(PAGE - 8), &mut bytes).unwrap();
+        assert_eq!(bytes, [1; 8]);
+        let hole = reader.read(Gpa(PAGE), &mut bytes);
+        assert_eq!(hole, Err(AccessError::Mmio(Gpa(PAGE))));
+        reader.read(Gpa(2 * PAGE), &mut bytes).unwrap();
+        assert_eq!(bytes, [2; 8]);
+    }
+}

@@ -219,3 +219,45 @@ fn a_trap_flag_traps_when_it_is_done() {
     });
     client.run([pending, Step::hlt()]);
 }
+
+/// Blocking by STI or MOV SS ends with the instruction, and not before.
+#[test]
+fn a_shadow_ends_with_it() {
+    /// Interruptibility state, and its two lowest bits.
+    const FIELD: u32 = 0x4824;
+    for (blocking, field) in [(1, 0x2), (2, 0x202)] {
+        let client = guest(&LOAD);
+        client.change_regs(|state| state.rflags = field);
+        // Twice: the second time the page is known.
+        for _ in 0..2 {
+            client.change_regs(|state| state.rip = CODE);
+            let block = Step::act(move |guest| guest.set_field(FIELD, blocking));
+            let status = client.run([block, Step::read(DEVICE, 4, 0, 5)]);
+            assert_eq!(status, ExitStatus::FastMmio);
+            assert_eq!(
+                u64::from(client.regs().interruptibility_state.raw),
+                blocking
+            );
+            let over = Step::act(move |guest| assert_eq!(guest.field(FIELD), 0));
+            client.run([over, Step::hlt()]);
+        }
+    }
+}
+
+/// A client that turns single-stepping on while it has the access hears of the instruction's end.
+#[test]
+fn a_client_that_begins_to_step_sees_it_end() {
+    let client = reading(&LOAD, 4);
+    answer(&client, 1);
+    client.change_regs(|state| state.rip = CODE);
+    let status = client.run([Step::read(DEVICE, 4, 0, 5)]);
+    assert_eq!(status, ExitStatus::FastMmio);
+    let control = abi::debug::DebugControl::ENABLE | abi::debug::DebugControl::STEP;
+    let debug = abi::debug::VcpuDebug {
+        control: control.bits(),
+        ..abi::debug::VcpuDebug::default()
+    };
+    client.vcpu.set_debug(&debug).unwrap();
+    assert_eq!(client.run([]), ExitStatus::Debug);
+    assert_eq!(client.regs().rip, CODE + 5);
+}

@@ -72,7 +72,7 @@ pub use machine::{
     SegmentState, Table, VectorBytes,
 };
 pub use mmio::MmioLog;
-pub use plain::PlainMove;
+pub use plain::{Load, PlainMove};
 
 /// What [`execute`] achieved, or needs, in one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

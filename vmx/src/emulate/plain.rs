@@ -19,11 +19,49 @@ struct Register {
     high: bool,
 }
 
+/// What is left of a load when memory has been read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    to: Register,
+    /// Bytes of memory: 1, 2, 4 or 8.
+    size: u8,
+    /// Extends the sign.
+    signed: bool,
+}
+
+impl Load {
+    /// The register it changes.
+    #[must_use]
+    pub const fn register(&self) -> Gpr {
+        self.to.gpr
+    }
+
+    /// What that register holds afterwards: `old` is what it holds now, `read`
+    /// what memory gave, of which only the low [`PlainMove::size`] bytes count.
+    /// Four bytes clear the upper half, fewer keep the rest (SDM 1 3.4.1.1
+    /// "General-Purpose Registers in 64-Bit Mode").
+    #[must_use]
+    pub const fn result(&self, old: u64, read: u64) -> u64 {
+        let value = match (self.signed, self.size) {
+            (true, 1) => read as u8 as i8 as u64,
+            (true, 2) => read as u16 as i16 as u64,
+            (true, 4) => read as u32 as i32 as u64,
+            (_, size) => read & mask(size),
+        };
+        match self.to.size {
+            1 if self.to.high => old & !0xff00 | (value & 0xff) << 8,
+            1 => old & !0xff | value & 0xff,
+            2 => old & !0xffff | value & 0xffff,
+            size => value & mask(size),
+        }
+    }
+}
+
 /// What moves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// Memory to a register; `signed` extends the sign.
-    Load { to: Register, signed: bool },
+    /// Memory to a register.
+    Load(Load),
     /// A register to memory.
     Store(Register),
     /// An immediate to memory.
@@ -35,7 +73,8 @@ enum Kind {
 pub struct PlainMove {
     kind: Kind,
     mem: Mem,
-    address_size: u8,
+    /// Ones in the bits an offset has.
+    offset_mask: u64,
     len: u8,
     mode: Mode,
 }
@@ -80,14 +119,15 @@ impl PlainMove {
             (Operand::Mem(mem), source) => (Kind::Store(register(source)?), mem),
             (to, Operand::Mem(mem)) => {
                 let to = register(to)?;
-                (Kind::Load { to, signed }, mem)
+                let size = mem.size;
+                (Kind::Load(Load { to, size, signed }), mem)
             }
             _ => return None,
         };
         Some(Self {
             kind,
             mem,
-            address_size: insn.address_size,
+            offset_mask: mask(insn.address_size),
             len: insn.len,
             mode: insn.mode,
         })
@@ -96,7 +136,7 @@ impl PlainMove {
     /// It writes memory.
     #[must_use]
     pub const fn is_store(&self) -> bool {
-        !matches!(self.kind, Kind::Load { .. })
+        !matches!(self.kind, Kind::Load(_))
     }
 
     /// Bytes of memory: 1, 2, 4 or 8.
@@ -144,7 +184,7 @@ impl PlainMove {
         if self.mem.rip_relative {
             offset = offset.wrapping_add(self.next_rip(rip));
         }
-        let linear = base.wrapping_add(offset & mask(self.address_size));
+        let linear = base.wrapping_add(offset & self.offset_mask);
         Some(if self.mode == Mode::Bits64 {
             linear
         } else {
@@ -157,7 +197,7 @@ impl PlainMove {
     #[must_use]
     pub fn stored(&self, gpr: impl Fn(Gpr) -> Option<u64>) -> Option<u64> {
         let value = match self.kind {
-            Kind::Load { .. } => return None,
+            Kind::Load(_) => return None,
             Kind::StoreConstant(value) => value,
             Kind::Store(from) if from.high => gpr(from.gpr)? >> 8,
             Kind::Store(from) => gpr(from.gpr)?,
@@ -165,35 +205,13 @@ impl PlainMove {
         Some(value & mask(self.mem.size))
     }
 
-    /// The register a load changes.
+    /// What is left to do when memory has been read; `None` for a store, of
+    /// which nothing is.
     #[must_use]
-    pub const fn loads(&self) -> Option<Gpr> {
+    pub const fn load(&self) -> Option<Load> {
         match self.kind {
-            Kind::Load { to, .. } => Some(to.gpr),
+            Kind::Load(load) => Some(load),
             _ => None,
-        }
-    }
-
-    /// What that register holds afterwards: `old` is what it holds now, `read`
-    /// what memory gave, of which only the low [`PlainMove::size`] bytes count.
-    /// Four bytes clear the upper half, fewer keep the rest (SDM 1 3.4.1.1
-    /// "General-Purpose Registers in 64-Bit Mode").
-    #[must_use]
-    pub const fn loaded(&self, old: u64, read: u64) -> u64 {
-        let Kind::Load { to, signed } = self.kind else {
-            return old;
-        };
-        let value = match (signed, self.mem.size) {
-            (true, 1) => read as u8 as i8 as u64,
-            (true, 2) => read as u16 as i16 as u64,
-            (true, 4) => read as u32 as i32 as u64,
-            (_, size) => read & mask(size),
-        };
-        match to.size {
-            1 if to.high => old & !0xff00 | (value & 0xff) << 8,
-            1 => old & !0xff | value & 0xff,
-            2 => old & !0xffff | value & 0xffff,
-            size => value & mask(size),
         }
     }
 }

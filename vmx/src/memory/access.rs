@@ -7,6 +7,8 @@
 //! before. Which lane a copy takes does not matter; by processor, two rarely
 //! meet.
 
+use core::cell::Cell;
+
 use crate::Error;
 use crate::arch::addr::{Gpa, Hva};
 use crate::host::{ATOMIC_LINE, Host, UserSpace};
@@ -14,6 +16,7 @@ use crate::sync::Guard;
 
 use super::protect::group;
 use super::space::Inner;
+use super::walk::TableMemory;
 use super::{AccessError, AddressSpace};
 
 /// The longest run of bytes one call copies; longer ones are refused.
@@ -72,6 +75,89 @@ impl<H: Host> AddressSpace<H> {
         old: u128,
         new: u128,
     ) -> Result<u128, AccessError> {
+        let _lane = self.inner.lane();
+        self.inner.exchange(gpa, size, old, new)
+    }
+}
+
+/// Accesses to guest memory that belong together: one lane for all of them, and
+/// the slot is looked up only where a read leaves the piece of the last one.
+/// Such a piece is good while the lane is held, as it is for a copy. To be
+/// dropped before anything else takes a lane.
+pub struct Reader<'a, H: Host> {
+    inner: &'a Inner<H>,
+    _lane: Option<Guard<'a, H::Mutex, ()>>,
+    piece: Cell<Piece>,
+}
+
+/// Guest-physical addresses in one slot and protection group.
+#[derive(Clone, Copy, Default)]
+struct Piece {
+    start: u64,
+    end: u64,
+    /// The client's address of `start`.
+    hva: u64,
+}
+
+impl<H: Host> AddressSpace<H> {
+    /// Begins a series of accesses. May sleep; on a thread of the owner's
+    /// process.
+    pub fn reader(&self) -> Reader<'_, H> {
+        Reader {
+            inner: &self.inner,
+            _lane: self.inner.lane(),
+            piece: Cell::default(),
+        }
+    }
+}
+
+impl<H: Host> Reader<'_, H> {
+    /// Reads bytes that lie in one page of 4 KB.
+    ///
+    /// # Errors
+    /// [`AccessError`].
+    pub fn read(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), AccessError> {
+        let known = self.piece.get();
+        let hva = if known.start <= gpa.0 && gpa.0 < known.end {
+            Hva(known.hva.wrapping_add(gpa.0.wrapping_sub(known.start)))
+        } else {
+            let (hva, room) = self.inner.resolve(gpa, false)?;
+            self.piece.set(Piece {
+                start: gpa.0,
+                end: gpa.0.saturating_add(room),
+                hva: hva.0,
+            });
+            hva
+        };
+        let result = self.inner.user.read(hva, bytes);
+        result.map_err(|fault| AccessError::Host(fault.into()))
+    }
+}
+
+impl<H: Host> TableMemory for Reader<'_, H> {
+    fn entry(&self, gpa: Gpa, size: u8) -> Result<u64, AccessError> {
+        let mut bytes = [0; 8];
+        let part = bytes
+            .get_mut(..usize::from(size))
+            .ok_or(AccessError::Host(Error::Invalid))?;
+        self.read(gpa, part)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    fn exchange(&self, gpa: Gpa, size: u8, old: u64, new: u64) -> Result<u64, AccessError> {
+        let found = self.inner.exchange(gpa, size, old.into(), new.into())?;
+        Ok(found as u64)
+    }
+}
+
+impl<H: Host> Inner<H> {
+    fn lane(&self) -> Option<Guard<'_, H::Mutex, ()>> {
+        let index = self.host.current_cpu().checked_rem(self.lanes.len())?;
+        Some(self.lanes.get(index)?.lock())
+    }
+
+    /// As [`AddressSpace::compare_exchange`]; a lane is held.
+    fn exchange(&self, gpa: Gpa, size: u8, old: u128, new: u128) -> Result<u128, AccessError> {
         let last = gpa.0.wrapping_add(u64::from(size).wrapping_sub(1));
         let fits = match size {
             1 | 2 | 4 | 8 => gpa.0 / ATOMIC_LINE == last / ATOMIC_LINE,
@@ -81,22 +167,13 @@ impl<H: Host> AddressSpace<H> {
         if !fits {
             return Err(AccessError::Host(Error::Invalid));
         }
-        let _lane = self.inner.lane();
         let mut found = 0;
         // In one line, so within one page: one piece.
-        self.inner
-            .pieces(gpa, usize::from(size), true, &mut |hva, _, _| {
-                found = self.inner.user.compare_exchange(hva, size, old, new)?;
-                Ok(())
-            })?;
+        self.pieces(gpa, usize::from(size), true, &mut |hva, _, _| {
+            found = self.user.compare_exchange(hva, size, old, new)?;
+            Ok(())
+        })?;
         Ok(found)
-    }
-}
-
-impl<H: Host> Inner<H> {
-    fn lane(&self) -> Option<Guard<'_, H::Mutex, ()>> {
-        let index = self.host.current_cpu().checked_rem(self.lanes.len())?;
-        Some(self.lanes.get(index)?.lock())
     }
 
     /// Calls `each` for every run of the `length` bytes at `gpa` that one slot

@@ -11,7 +11,7 @@
 //! - on an EPT violation: [`AddressSpace::fault`] with its own [`Reserve`];
 //! - to read operands, strings and page tables: [`AddressSpace::read`],
 //!   [`AddressSpace::write`], [`AddressSpace::compare_exchange`], and
-//!   [`walk::translate`].
+//!   [`walk::translate`] with an [`AddressSpace::reader`].
 
 mod access;
 mod block;
@@ -26,6 +26,7 @@ mod tree;
 pub mod walk;
 mod watch;
 
+pub use access::Reader;
 pub use ept::{LeafSize, Reserve};
 pub use presence::Flush;
 pub use space::AddressSpace;

@@ -249,13 +249,13 @@ impl<H: Host> Inner<H> {
             return Look::Known(FaultOutcome::Mmio);
         }
         let core = self.core.lock();
+        let Some(slot) = core.slots.find(gpa.0) else {
+            return Look::Known(FaultOutcome::Mmio);
+        };
         // Another processor may have been here first.
         if core.ept.allows(gpa, access) {
             return Look::Known(FaultOutcome::Mapped);
         }
-        let Some(slot) = core.slots.find(gpa.0) else {
-            return Look::Known(FaultOutcome::Mmio);
-        };
         let here = group(gpa.0);
         if let Some(first) = core.protected.first_in(here.start, here.end) {
             return Look::Known(FaultOutcome::Protected { gpa: Gpa(first) });

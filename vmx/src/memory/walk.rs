@@ -11,9 +11,8 @@ use crate::Error;
 use crate::arch::addr::{Gpa, Gva};
 use crate::arch::event::{Exception, PageFault};
 use crate::arch::reg::{Cr0, Cr4, Efer};
-use crate::host::Host;
 
-use super::{AccessError, AddressSpace};
+use super::AccessError;
 
 /// Times a walk starts again because another processor changed an entry.
 const ATTEMPTS: u32 = 16;
@@ -98,7 +97,7 @@ impl From<AccessError> for WalkFault {
     }
 }
 
-/// Guest memory as the walker sees it.
+/// Guest memory as the walker sees it: [`super::Reader`].
 pub trait TableMemory {
     /// Reads `size` (4 or 8) naturally aligned bytes.
     ///
@@ -110,22 +109,6 @@ pub trait TableMemory {
     /// # Errors
     /// [`AccessError`].
     fn exchange(&self, gpa: Gpa, size: u8, old: u64, new: u64) -> Result<u64, AccessError>;
-}
-
-impl<H: Host> TableMemory for AddressSpace<H> {
-    fn entry(&self, gpa: Gpa, size: u8) -> Result<u64, AccessError> {
-        let mut bytes = [0; 8];
-        let part = bytes
-            .get_mut(..usize::from(size))
-            .ok_or(AccessError::Host(Error::Invalid))?;
-        self.read(gpa, part)?;
-        Ok(u64::from_le_bytes(bytes))
-    }
-
-    fn exchange(&self, gpa: Gpa, size: u8, old: u64, new: u64) -> Result<u64, AccessError> {
-        let found = self.compare_exchange(gpa, size, old.into(), new.into())?;
-        Ok(found as u64)
-    }
 }
 
 /// Translates `address` and sets accessed and dirty flags as the processor

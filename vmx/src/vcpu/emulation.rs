@@ -199,8 +199,10 @@ impl<H: Host> Virtual<'_, H> {
             cpl,
             ..self.snapshot.paging
         };
-        let memory = self.vcpu.guest().memory();
-        let fault = match walk::translate(memory, &paging, Gva(linear), access) {
+        let memory = self.vcpu.guest().memory().reader();
+        let found = walk::translate(&memory, &paging, Gva(linear), access);
+        drop(memory);
+        let fault = match found {
             Ok(translation) => return Ok(translation.gpa.0),
             Err(fault) => fault,
         };

@@ -34,9 +34,9 @@ use crate::Error;
 use crate::arch::addr::{Gpa, Gva, PAGE_SHIFT, PAGE_SIZE};
 use crate::arch::exit::EptQualification;
 use crate::arch::field;
-use crate::arch::reg::{Cr0, Cr4, Rflags};
+use crate::arch::reg::{Cr0, Cr4, Interruptibility, Rflags};
 use crate::arch::segment::AccessRights;
-use crate::emulate::{Code, Decoded, Gpr, MAX_INSN_LEN, Mode, Seg};
+use crate::emulate::{Code, Decoded, Gpr, Load, MAX_INSN_LEN, Mode, PlainMove, Seg};
 use crate::host::Host;
 use crate::memory::walk::{self, Paging, WalkAccess};
 
@@ -44,45 +44,43 @@ use crate::memory::walk::{self, Paging, WalkAccess};
 const PAGES: usize = 4;
 
 /// What an EPT violation tells of the access and of where its instruction is.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Touch {
     /// Linear address of the operand.
     linear: u64,
     write: bool,
     rip: u64,
-    mode: Mode,
-    cpl: u8,
+    mode: Option<Mode>,
     /// Linear address of the instruction.
     code: u64,
     /// The base of this segment.
     base: Option<(Seg, u64)>,
-    paging: PagingState,
-}
-
-/// What says how the instruction's address is translated.
-#[derive(Clone, Copy, Debug)]
-struct PagingState {
-    cr0: u64,
-    cr3: u64,
-    cr4: u64,
-    efer: u64,
-    /// With PAE paging, the PDPTE that `Touch::code` needs.
-    pdpte: Option<u64>,
+    /// RFLAGS.AC is set at privilege level 3.
+    may_check_alignment: bool,
+    /// Blocking by STI or MOV SS.
+    shadow: bool,
+    /// Nothing was to be done before the last entry: see `Vcpu::is_quiet`.
+    quiet: bool,
+    paging: Paging,
 }
 
 /// What is left to do when the client has answered.
 #[derive(Clone, Copy, Debug)]
 struct Rest {
-    insn: Decoded,
+    /// Nothing, if it is a store.
+    load: Option<Load>,
     next_rip: u64,
+    /// See [`Touch`].
+    shadow: bool,
 }
 
 /// The plain move under way, and what speeds the next one up.
 #[derive(Debug)]
 pub struct Moves {
     rest: Option<Rest>,
-    /// Of the EPT violation that is being handled.
-    touch: Option<Touch>,
+    /// Of the EPT violation that is being handled, if `touched`.
+    touch: Touch,
+    touched: bool,
     /// Pages where the last accesses found a device, by their lowest bits: what
     /// is needed is read while the VMCS is at hand. A wrong guess costs time.
     pages: [u64; PAGES],
@@ -94,7 +92,8 @@ impl Default for Moves {
     fn default() -> Self {
         Self {
             rest: None,
-            touch: None,
+            touch: Touch::default(),
+            touched: false,
             pages: [u64::MAX; PAGES],
             segment: Some(Seg::Ds),
         }
@@ -125,107 +124,108 @@ impl Moves {
 }
 
 /// An EPT violation: reads what will be needed if a device is there, as far as
-/// that is likely.
+/// that is likely. `quiet`: nothing was to be done before the last entry.
 pub fn foresee<H: Host>(
     inner: &mut Inner<H>,
     current: &Current<'_, H>,
     gpa: Gpa,
     qualification: EptQualification,
+    quiet: bool,
 ) {
-    inner.emulation.moves.touch = if inner.emulation.moves.expects(gpa) {
-        Touch::read(inner, current, qualification)
-    } else {
-        None
-    };
+    inner.emulation.moves.touched = false;
+    inner.emulation.moves.touch.quiet = quiet;
+    if inner.emulation.moves.expects(gpa) {
+        read(inner, current, qualification);
+    }
 }
 
-impl Touch {
-    /// `None`: not an access that can be a plain move's.
-    fn read<H: Host>(
-        inner: &mut Inner<H>,
-        current: &Current<'_, H>,
-        qualification: EptQualification,
-    ) -> Option<Self> {
-        let write = qualification.is_write();
-        let data = write != qualification.is_read() && !qualification.is_fetch();
-        if !(data && qualification.is_operand()) {
-            return None;
-        }
-        let rights = AccessRights::from_bits_retain(current.read(field::GUEST_CS_RIGHTS));
-        // SDM 27.3.1.2 "Checks on Guest Segment Registers": in a code segment
-        // that is not conforming CS.DPL is the CPL; in virtual-8086 mode both
-        // are 3. In real-address mode it is 0 or forces the long way.
-        if rights.contains(AccessRights::CODE | AccessRights::DOWN_CONFORMING) {
-            return None;
-        }
-        let mode = if inner.modes.is_long_mode() && rights.contains(AccessRights::LONG) {
-            Mode::Bits64
-        } else if rights.contains(AccessRights::DB) {
+/// Reads all of the [`Touch`] but `quiet`, if the access can be a plain move's.
+fn read<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, qualification: EptQualification) {
+    let write = qualification.is_write();
+    let data = write != qualification.is_read() && !qualification.is_fetch();
+    if !(data && qualification.is_operand()) {
+        return;
+    }
+    let rights = AccessRights::from_bits_retain(current.read(field::GUEST_CS_RIGHTS));
+    // SDM 27.3.1.2 "Checks on Guest Segment Registers": in a code segment that
+    // is not conforming CS.DPL is the CPL; in virtual-8086 mode both are 3. In
+    // real-address mode there is no paging, and 3 forces the long way.
+    if rights.contains(AccessRights::CODE | AccessRights::DOWN_CONFORMING) {
+        return;
+    }
+    let cpl = rights.dpl();
+    let rip = inner.registers.rip(current);
+    let flags = Rflags::from_bits_retain(inner.registers.rflags(current));
+    let blocking = current.read(field::GUEST_INTERRUPTIBILITY);
+    let shadows = Interruptibility::STI | Interruptibility::MOV_SS;
+    let moves = &mut inner.emulation.moves;
+    let touch = &mut moves.touch;
+    touch.linear = current.read(field::GUEST_LINEAR_ADDRESS);
+    touch.write = write;
+    touch.rip = rip;
+    touch.may_check_alignment = cpl == 3 && flags.contains(Rflags::AC);
+    touch.shadow = blocking & shadows.bits() != 0;
+    if inner.modes.is_long_mode() && rights.contains(AccessRights::LONG) {
+        touch.mode = Some(Mode::Bits64);
+        touch.code = rip;
+        touch.base = match moves.segment {
+            Some(seg @ (Seg::Fs | Seg::Gs)) => Some((seg, base_of(seg, current))),
+            _ => None,
+        };
+    } else {
+        touch.mode = Some(if rights.contains(AccessRights::DB) {
             Mode::Bits32
         } else {
             Mode::Bits16
-        };
-        let rip = inner.registers.rip(current);
-        inner.registers.rflags(current);
-        let code = match mode {
-            Mode::Bits64 => rip,
-            _ => (current.read(field::GUEST_CS_BASE)).wrapping_add(rip) & 0xffff_ffff,
-        };
-        let segment = match (mode, inner.emulation.moves.segment) {
-            (Mode::Bits64, Some(seg @ (Seg::Fs | Seg::Gs))) => Some(seg),
-            (Mode::Bits64, _) => None,
-            (_, seg) => Some(seg.unwrap_or(Seg::Ds)),
-        };
-        Some(Self {
-            linear: current.read(field::GUEST_LINEAR_ADDRESS),
-            write,
-            rip,
-            mode,
-            cpl: rights.dpl(),
-            code,
-            base: segment.map(|seg| (seg, base_of(seg, current))),
-            paging: PagingState::read(inner, current, code),
-        })
+        });
+        touch.code = current.read(field::GUEST_CS_BASE).wrapping_add(rip) & 0xffff_ffff;
+        let seg = moves.segment.unwrap_or(Seg::Ds);
+        touch.base = Some((seg, base_of(seg, current)));
     }
+    moves.touched = true;
+    let (cr0, cr4) = inner.modes.intercepted();
+    touch.paging.cr0 = cr0;
+    if cr0 & Cr0::PG.bits() != 0 {
+        read_paging(inner, current, cr4, cpl);
+    }
+}
+
+/// Reads what the instruction's address is translated by.
+#[inline(never)]
+fn read_paging<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, known_cr4: u64, cpl: u8) {
+    // The guest sets PSE without an exit, and it counts without PAE only.
+    let cr4 = if known_cr4 & Cr4::PAE.bits() == 0 {
+        inner.modes.cr4(current)
+    } else {
+        known_cr4
+    };
+    let touch = &mut inner.emulation.moves.touch;
+    // With PAE paging only the PDPTE of the address is looked at.
+    let pdpte = inner.modes.uses_pdptes().then(|| match touch.code >> 30 {
+        0 => current.read(field::GUEST_PDPTE0),
+        1 => current.read(field::GUEST_PDPTE1),
+        2 => current.read(field::GUEST_PDPTE2),
+        _ => current.read(field::GUEST_PDPTE3),
+    });
+    touch.paging = Paging {
+        cr0: touch.paging.cr0,
+        cr3: current.read(field::GUEST_CR3),
+        // SMEP too is the guest's. If it makes a difference, the long way finds
+        // out whether it is set.
+        cr4: cr4 | Cr4::SMEP.bits(),
+        efer: inner.modes.efer(),
+        ac: false,
+        cpl,
+        pdptes: pdpte.map(|entry| [entry; 4]),
+        address_bits: inner.features.physical_bits(),
+        pages_1g: inner.features.has(super::cpuid::Feature::PAGE1GB),
+    };
 }
 
 fn base_of<H: Host>(seg: Seg, current: &Current<'_, H>) -> u64 {
     SEGMENTS
         .get(seg.number())
         .map_or(0, |fields| fields.base(current))
-}
-
-impl PagingState {
-    fn read<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, code: u64) -> Self {
-        let (cr0, mut cr4) = inner.modes.intercepted();
-        let mut this = Self {
-            cr0,
-            cr3: 0,
-            cr4,
-            efer: inner.modes.efer(),
-            pdpte: None,
-        };
-        if cr0 & Cr0::PG.bits() == 0 {
-            return this;
-        }
-        this.cr3 = current.read(field::GUEST_CR3);
-        if cr4 & Cr4::PAE.bits() == 0 {
-            // The guest sets PSE without an exit, and only here it counts.
-            cr4 = inner.modes.cr4(current);
-        }
-        // SMEP too is the guest's. If it makes a difference, the long way
-        // finds out whether it is set.
-        this.cr4 = cr4 | Cr4::SMEP.bits();
-        if inner.modes.uses_pdptes() {
-            this.pdpte = Some(match code >> 30 {
-                0 => current.read(field::GUEST_PDPTE0),
-                1 => current.read(field::GUEST_PDPTE1),
-                2 => current.read(field::GUEST_PDPTE2),
-                _ => current.read(field::GUEST_PDPTE3),
-            });
-        }
-        this
-    }
 }
 
 impl<H: Host> Vcpu<H> {
@@ -235,28 +235,35 @@ impl<H: Host> Vcpu<H> {
     /// # Errors
     /// [`Error::Fault`]: the VMCS could not be loaded.
     pub(super) fn device_access(&self, inner: &mut Inner<H>, gpa: Gpa) -> Result<Next, Error> {
-        let touch = match inner.emulation.moves.touch.take() {
-            None if inner.emulation.moves.expects(gpa) => None,
-            None => {
-                inner.emulation.moves.expect(gpa);
-                self.with_vmcs(inner, |current, inner| {
-                    let qualification = current.read(field::EXIT_QUALIFICATION);
-                    Touch::read(inner, current, EptQualification(qualification))
-                })?
+        if !inner.emulation.moves.touched && !inner.emulation.moves.expects(gpa) {
+            inner.emulation.moves.expect(gpa);
+            self.with_vmcs(inner, |current, inner| {
+                let qualification = current.read(field::EXIT_QUALIFICATION);
+                read(inner, current, EptQualification(qualification));
+            })?;
+        }
+        if !core::mem::take(&mut inner.emulation.moves.touched) {
+            return self.emulate(inner);
+        }
+        let code = self.code(&inner.emulation.moves.touch);
+        let Touch {
+            rip, mode, base, ..
+        } = inner.emulation.moves.touch;
+        let (Some(code), Some(mode)) = (code, mode) else {
+            return self.emulate(inner);
+        };
+        let Ok(insn) = inner.emulation.cache.look_up(rip, code, mode) else {
+            return self.emulate(inner);
+        };
+        let wanted = inner.emulation.cache.plain(insn).map(PlainMove::based_on);
+        if let Some(Some(seg)) = wanted {
+            if base.is_none_or(|(read, _)| read != seg) {
+                let base = self.with_vmcs(inner, |current, _| base_of(seg, current))?;
+                inner.emulation.moves.segment = Some(seg);
+                inner.emulation.moves.touch.base = Some((seg, base));
             }
-            known => known,
-        };
-        let Some(touch) = touch else {
-            return self.emulate(inner);
-        };
-        let decoded = self.code(inner, &touch).and_then(|code| {
-            let cache = &mut inner.emulation.cache;
-            cache.look_up(touch.rip, code, touch.mode).ok()
-        });
-        let Some(insn) = decoded else {
-            return self.emulate(inner);
-        };
-        if self.plain_move(inner, &touch, insn, gpa)?.is_some() {
+        }
+        if self.plain_move(inner, insn, gpa).is_some() {
             return Ok(Next::Leave(ExitStatus::FastMmio));
         }
         inner.emulation.begin(insn);
@@ -264,28 +271,16 @@ impl<H: Host> Vcpu<H> {
     }
 
     /// The bytes at RIP, as far as they lie in its page.
-    fn code(&self, inner: &Inner<H>, touch: &Touch) -> Option<Code> {
-        let memory = self.guest().memory();
+    fn code(&self, touch: &Touch) -> Option<Code> {
+        let memory = self.guest().memory().reader();
         let gpa = if touch.paging.cr0 & Cr0::PG.bits() == 0 {
             Gpa(touch.code)
         } else {
-            let paging = Paging {
-                cr0: touch.paging.cr0,
-                cr3: touch.paging.cr3,
-                cr4: touch.paging.cr4,
-                efer: touch.paging.efer,
-                ac: false,
-                cpl: touch.cpl,
-                // Only that of the address is looked at.
-                pdptes: touch.paging.pdpte.map(|entry| [entry; 4]),
-                address_bits: inner.features.physical_bits(),
-                pages_1g: inner.features.has(super::cpuid::Feature::PAGE1GB),
-            };
             let fetch = WalkAccess {
                 fetch: true,
                 ..WalkAccess::default()
             };
-            let found = walk::translate(memory, &paging, Gva(touch.code), fetch);
+            let found = walk::translate(&memory, &touch.paging, Gva(touch.code), fetch);
             found.ok()?.gpa
         };
         let room = PAGE_SIZE.wrapping_sub(gpa.page_offset());
@@ -296,55 +291,45 @@ impl<H: Host> Vcpu<H> {
     }
 
     /// Hands the access of `insn` to the client, if it is a plain move's and
-    /// all that `touch` says fits. `None`: nothing was done.
-    fn plain_move(
-        &self,
-        inner: &mut Inner<H>,
-        touch: &Touch,
-        insn: Decoded,
-        gpa: Gpa,
-    ) -> Result<Option<()>, Error> {
-        let Some(&plain) = inner.emulation.cache.plain(insn) else {
-            return Ok(None);
-        };
-        let base = match (plain.based_on(), touch.base) {
-            (None, _) => 0,
-            (Some(wanted), Some((seg, base))) if wanted == seg => base,
-            (Some(wanted), _) => {
-                inner.emulation.moves.segment = Some(wanted);
-                self.with_vmcs(inner, |current, _| base_of(wanted, current))?
-            }
+    /// all that is known of the access fits. `None`: nothing was done.
+    fn plain_move(&self, inner: &mut Inner<H>, insn: Decoded, gpa: Gpa) -> Option<()> {
+        let plain = inner.emulation.cache.plain(insn)?;
+        let touch = &inner.emulation.moves.touch;
+        let base = match touch.base {
+            Some((_, base)) if plain.based_on().is_some() => base,
+            _ => 0,
         };
         let gpr = |reg: Gpr| inner.registers.at_hand(reg.number());
-        let size = u64::from(plain.size());
-        let last = size.wrapping_sub(1);
+        let last = u64::from(plain.size()).wrapping_sub(1);
         let offset = touch.linear & PAGE_SIZE.wrapping_sub(1);
         let misaligned = touch.linear & last != 0;
-        let may_check = touch.cpl == 3 && inner.registers.known_rflags() & Rflags::AC.bits() != 0;
-        let fits = plain.linear(touch.rip, base, gpr) == Some(touch.linear)
+        let fits = plain.linear(touch.rip, base, gpr)? == touch.linear
             && plain.is_store() == touch.write
             && offset == gpa.page_offset()
             && offset.wrapping_add(last) < PAGE_SIZE
-            && !(misaligned && may_check);
+            && !(misaligned && touch.may_check_alignment);
         if !fits {
-            return Ok(None);
+            return None;
         }
-        let value = match plain.loads() {
-            None => plain.stored(gpr),
-            // Part of it may stay as it is.
-            Some(reg) => gpr(reg).map(|_| 0),
+        let load = plain.load();
+        let value = match load {
+            None => plain.stored(gpr)?,
+            // Part of it may stay as it is, so it must be known.
+            Some(load) => gpr(load.register()).map(|_| 0)?,
         };
-        let Some(value) = value else {
-            return Ok(None);
-        };
+        let next_rip = plain.next_rip(touch.rip);
         let direction = u8::from(touch.write);
         self.channel
             .set_fast_mmio(gpa.0, value, plain.size(), direction);
+        let (quiet, shadow) = (touch.quiet, touch.shadow);
         inner.emulation.moves.rest = Some(Rest {
-            insn,
-            next_rip: plain.next_rip(touch.rip),
+            load,
+            next_rip,
+            shadow,
         });
-        Ok(Some(()))
+        // Nothing has changed but what `finish_move` looks at.
+        inner.quiet = quiet;
+        Some(())
     }
 
     /// The client has served the access of a plain move: finishes it.
@@ -352,13 +337,12 @@ impl<H: Host> Vcpu<H> {
         let Some(rest) = inner.emulation.moves.rest.take() else {
             return;
         };
-        if let Some(plain) = inner.emulation.cache.plain(rest.insn) {
-            if let Some(reg) = plain.loads() {
-                let old = inner.registers.known_gpr(reg.number());
-                let new = plain.loaded(old, self.channel.fast_mmio_value());
-                #[expect(clippy::cast_possible_truncation, reason = "numbers are below 16")]
-                inner.registers.set(reg.number() as u8, new);
-            }
+        if let Some(load) = rest.load {
+            let number = load.register().number();
+            let old = inner.registers.known_gpr(number);
+            let new = load.result(old, self.channel.fast_mmio_value());
+            #[expect(clippy::cast_possible_truncation, reason = "numbers are below 16")]
+            inner.registers.set(number as u8, new);
         }
         inner.registers.set_rip(rest.next_rip);
         let flags = inner.registers.known_rflags();
@@ -367,7 +351,10 @@ impl<H: Host> Vcpu<H> {
         if flags & Rflags::RF.bits() != 0 {
             inner.registers.set_rflags(flags & !Rflags::RF.bits());
         }
-        inner.completed = true;
-        inner.quiet = false;
+        // Without these `handle::completed` has nothing to do.
+        if rest.shadow || flags & Rflags::TF.bits() != 0 || inner.debug.steps() {
+            inner.completed = true;
+            inner.quiet = false;
+        }
     }
 }

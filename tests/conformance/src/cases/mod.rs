@@ -37,6 +37,7 @@ mod memory_changes;
 mod memory_pressure;
 mod mmio;
 mod mmio_edges;
+mod mmio_moves;
 mod mmio_strings;
 mod msr;
 mod paused;
@@ -115,6 +116,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "mmio_edges",
         cases: mmio_edges::CASES,
+    },
+    Group {
+        name: "mmio_moves",
+        cases: mmio_moves::CASES,
     },
     Group {
         name: "hlt",

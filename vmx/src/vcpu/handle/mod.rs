@@ -65,14 +65,15 @@ pub fn dispatch<H: Host>(
     current: &Current<'_, H>,
     exit: Exit,
 ) -> Next {
-    inner.quiet = false;
+    let quiet = core::mem::take(&mut inner.quiet);
     match exit {
         Exit::ExternalInterrupt => Next::Leave(ExitStatus::Interrupt),
         Exit::EptViolation { gpa, qualification } => {
-            if qualification.nmi_unblocking() && !inner.events.is_waiting() {
+            let delivering = inner.events.is_waiting();
+            if qualification.nmi_unblocking() && !delivering {
                 block_nmi(current);
             }
-            plain::foresee(inner, current, gpa, qualification);
+            plain::foresee(inner, current, gpa, qualification, quiet && !delivering);
             Next::Work(Work::Memory {
                 gpa,
                 access: Access::from_qualification(qualification.0),

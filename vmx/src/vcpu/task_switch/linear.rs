@@ -52,7 +52,10 @@ impl<H: Host> Linear<'_, H> {
             fetch: false,
             implicit: by == By::Processor,
         };
-        match walk::translate(self.memory, &self.paging, Gva(address), access) {
+        let memory = self.memory.reader();
+        let found = walk::translate(&memory, &self.paging, Gva(address), access);
+        drop(memory);
+        match found {
             Ok(translation) => Ok(translation.gpa),
             Err(WalkFault::Guest(exception)) => Err(Stop::Fault(exception)),
             Err(WalkFault::Hole(_)) => {
