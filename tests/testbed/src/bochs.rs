@@ -20,6 +20,9 @@ const SHA256: &str = "78f6c73d4a6472d5130a87ab9dc306d02c7c71ed8e25b3a8ef642e2a7a
 /// Without it a guest that has interrupts masked when it is entered is never interrupted: see the patch.
 const EXTERNAL_INTERRUPT: &str = include_str!("../patches/bochs-external-interrupt.patch");
 
+/// Without it exits and faults right after an exception report a wrong RIP on several processors: see the patch.
+const SMP_RIP: &str = include_str!("../patches/bochs-smp-rip.patch");
+
 /// What counts instructions in the profiler's build, in the place of Bochs's own empty hooks.
 const INSTRUMENT: [(&str, &str); 2] = [
     ("instrument.h", include_str!("../profiler/instrument.h")),
@@ -108,7 +111,7 @@ impl Bochs {
 
 fn own(work: &WorkFolder, build: Build) -> Result<Bochs> {
     let mut recipe = CONFIGURE.to_vec();
-    recipe.extend([TARBALL, SHA256, EXTERNAL_INTERRUPT, "1"]);
+    recipe.extend([TARBALL, SHA256, EXTERNAL_INTERRUPT, SMP_RIP, "1"]);
     let name = if build == Build::Profiler {
         recipe.extend(INSTRUMENT.iter().map(|(_, text)| *text));
         format!("bochs-3.0-profiler-{}", key(&recipe))
@@ -164,6 +167,7 @@ fn unpack_and_configure(work: &WorkFolder, source: &Path, build: Build) -> Resul
         .arg(&part);
     command::output(&mut tar)?;
     apply(EXTERNAL_INTERRUPT, &part)?;
+    apply(SMP_RIP, &part)?;
     let mut configure = Command::new("./configure");
     configure.args(CONFIGURE).current_dir(&part);
     if build == Build::Profiler {
