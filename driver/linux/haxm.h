@@ -63,8 +63,14 @@ u64 haxm_os_monotonic_ns(void);
 void *haxm_os_user_get(void);
 void haxm_os_user_put(void *user);
 u32 haxm_os_user_is_current(void *user);
-int haxm_os_user_fault_in(void *user, u64 address, u32 write, u64 *frame,
-			  u32 *writable, u32 *shift);
+int haxm_os_user_fault_in(void *user, u64 address, u32 write, u32 ahead,
+			  u64 *frame, u32 *writable, u32 *shift);
+void haxm_os_user_present(void *user, u64 first, size_t wanted, u64 *pages,
+			  size_t count);
+u32 haxm_os_user_pins(void);
+int haxm_os_user_pin(void *user, u64 start, size_t count, void **pins);
+u64 haxm_os_user_pinned(void *pins, size_t index);
+void haxm_os_user_unpin(void *pins);
 int haxm_os_user_compare_exchange(u64 address, u32 size, u64 *old,
 				  const u64 *new);
 int haxm_os_user_watch(void *user, void *listener);
@@ -86,6 +92,9 @@ void haxm_cpu_exit(void);
 
 /* The Rust half. */
 void haxm_core_set_log_level(u32 level);
+/* Kernel memory held: pages, and bytes besides. */
+u64 haxm_core_pages(void);
+u64 haxm_core_bytes(void);
 int haxm_core_load(void);
 void haxm_core_unload(void);
 /* Gives *handle, which the other file operations take. */

@@ -6,6 +6,7 @@
 #include <linux/moduleparam.h>
 #include <linux/printk.h>
 #include <linux/ratelimit.h>
+#include <linux/sysfs.h>
 
 #include "haxm.h"
 
@@ -59,6 +60,17 @@ static const struct kernel_param_ops haxm_log_level_ops = {
 };
 module_param_cb(log_level, &haxm_log_level_ops, &haxm_log_level, 0644);
 MODULE_PARM_DESC(log_level, "0 off, 1 errors, 2 warnings, 3 information (default), 4 debug, 5 trace");
+
+static int haxm_get_memory(char *text, const struct kernel_param *param)
+{
+	return sysfs_emit(text, "%llu %llu\n", haxm_core_pages(), haxm_core_bytes());
+}
+
+static const struct kernel_param_ops haxm_memory_ops = {
+	.get = haxm_get_memory,
+};
+module_param_cb(memory, &haxm_memory_ops, NULL, 0444);
+MODULE_PARM_DESC(memory, "kernel memory in use, to be read: pages, and bytes besides");
 
 static int __init haxm_load(void)
 {

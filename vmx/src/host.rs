@@ -197,25 +197,121 @@ pub struct HostFrame {
 /// processors may refuse (SDM 9.1.2.3 "Features to Disable Bus Locks").
 pub const ATOMIC_LINE: u64 = 64;
 
-/// A process's address space: where guest RAM lives.
+/// A 4 KB page of a process as the host's page tables have it now, or none.
 ///
-/// Guest RAM is borrowed, not pinned: [`UserSpace::fault_in`] tells where a page is *now*,
-/// and the host says through [`Invalidate`] when that ends. Whoever uses the
-/// answer holds the lock under which the invalidations are counted, and
-/// compares the count from before the call (see `memory`).
+/// Bit 0: there is one; bit 1: it may be written; bits 51:12: its address. The
+/// value 0 is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(transparent)]
+pub struct PresentPage(u64);
+
+impl PresentPage {
+    /// No page.
+    pub const NONE: Self = Self(0);
+
+    /// The page in this frame.
+    #[must_use]
+    pub const fn new(frame: Pfn, writable: bool) -> Self {
+        Self(frame.address().0 | (writable as u64) << 1 | 1)
+    }
+
+    /// From the bits above.
+    #[must_use]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    /// The frame, if there is one.
+    #[must_use]
+    pub const fn frame(self) -> Option<Pfn> {
+        if self.0 & 1 == 0 {
+            return None;
+        }
+        Some(Pfn((self.0 & 0x000f_ffff_ffff_f000) >> 12))
+    }
+
+    /// Whether it may be written.
+    #[must_use]
+    pub const fn is_writable(self) -> bool {
+        self.0 & 2 != 0
+    }
+}
+
+/// How a process's memory becomes guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lending {
+    /// Borrowed: [`UserSpace::fault_in`] tells where a page is *now*, and the
+    /// host says through [`Invalidate`] when that ends. Whoever uses the answer
+    /// holds the lock under which the invalidations are counted, and compares
+    /// the count from before the call (see `memory`).
+    Borrowed,
+    /// Held in place by [`UserSpace::pin`], for hosts that cannot report
+    /// changes. The guest keeps what was there when a piece was pinned.
+    Pinned,
+}
+
+/// Pages of a process held in place until dropped.
 ///
 /// # Safety
-/// Between `watch` and `unwatch` every change of what `fault_in` reported is
-/// preceded by `Invalidate::begin` and followed by `Invalidate::end`.
+/// The frames stay the process's, for all uses of the processor, until then.
+pub unsafe trait PinnedPages: Send + Sync {
+    /// The page of this number in what was pinned; none beyond the end.
+    fn page(&self, index: usize) -> PresentPage;
+}
+
+/// For hosts that never pin.
+#[derive(Debug)]
+pub enum NeverPinned {}
+
+// SAFETY: there is no such value.
+unsafe impl PinnedPages for NeverPinned {
+    fn page(&self, _index: usize) -> PresentPage {
+        match *self {}
+    }
+}
+
+/// A process's address space: where guest RAM lives.
+///
+/// # Safety
+/// Between `watch` and `unwatch` every change of what `fault_in` and `present`
+/// reported is preceded by `Invalidate::begin` and followed by `Invalidate::end`.
+/// What `lending` says stays the same.
 pub unsafe trait UserSpace: Send + Sync {
+    /// Pages held in place.
+    type Pins: PinnedPages;
+
+    /// Whether the memory is borrowed, or has to be pinned. If pinned,
+    /// `fault_in`, `present` and `watch` are not used; if borrowed, `pin` is not.
+    fn lending(&self) -> Lending;
+
+    /// Brings in and holds `pages` pages (at most 512) from `start` on, for
+    /// writing where the process may write. May sleep. On a thread of the
+    /// process.
+    ///
+    /// # Errors
+    /// See [`UserFault`]; nothing is held then.
+    fn pin(&self, start: Hva, pages: usize) -> Result<Self::Pins, UserFault>;
+
     /// Whether the calling thread belongs to this process.
     fn is_current(&self) -> bool;
 
     /// Where the page behind `address` is, brought in if need be. May sleep.
+    /// If it had to be brought in, up to `ahead` pages that follow it may be
+    /// brought in too, where they are of the same kind, private, and cost no
+    /// wait; nothing is said of them.
     ///
     /// # Errors
-    /// See [`UserFault`].
-    fn fault_in(&self, address: Hva, write: bool) -> Result<HostFrame, UserFault>;
+    /// See [`UserFault`], of the page itself.
+    fn fault_in(&self, address: Hva, write: bool, ahead: u32) -> Result<HostFrame, UserFault>;
+
+    /// Which of the pages from `first` on are there as pages of 4 KB: fills in
+    /// those of `pages`, and leaves the others as they are. Brings nothing in.
+    /// Looks at no other page if number `wanted` is not there, and need not
+    /// look beyond the 2 MB that are around it. On a thread of the process.
+    ///
+    /// A page is reported writable only if the host counts it as written
+    /// already: it is not told when the guest writes.
+    fn present(&self, first: Hva, wanted: usize, pages: &mut [PresentPage]);
 
     /// Copies out of the process. May sleep. The calling thread belongs to it.
     ///

@@ -158,7 +158,7 @@ impl Model {
         if mapped.rom && write {
             return Ok(FaultOutcome::RomWrite);
         }
-        match host.backing(mapped.client) {
+        match host.lent(mapped.client) {
             Some(backing) if backing.writable || !write => Ok(FaultOutcome::Mapped),
             _ => Err(Error::Fault),
         }
@@ -169,7 +169,7 @@ impl Model {
         let Some(mapped) = self.pages.get(&page) else {
             return false;
         };
-        let Some(backing) = host.backing(mapped.client) else {
+        let Some(backing) = host.usable(mapped.client) else {
             return false;
         };
         self.barrier(page).is_none()
@@ -215,6 +215,8 @@ struct Bench {
     failing: bool,
     failures: u64,
     next_frame: u64,
+    /// The vCPU's.
+    reserve: Reserve<FakeHost>,
 }
 
 fn caps() -> EptVpidCaps {
@@ -222,8 +224,8 @@ fn caps() -> EptVpidCaps {
 }
 
 impl Bench {
-    fn new(seed: u64, failing: bool) -> Self {
-        let host = FakeHost::new(CPUS);
+    fn new(seed: u64, failing: bool, pins: bool) -> Self {
+        let host = FakeHost::lending(CPUS, pins);
         let space = AddressSpace::new(&host, caps(), ADDRESS_BITS).unwrap();
         let mut bench = Self {
             host,
@@ -234,6 +236,7 @@ impl Bench {
             failing,
             failures: 0,
             next_frame: 1 << 20,
+            reserve: Reserve::new(),
         };
         for piece in 0..CLIENT_PAGES / GROUP {
             bench.back_piece(piece, piece % 2 == 0);
@@ -406,12 +409,23 @@ impl Bench {
         }
     }
 
-    /// A guest on one of the processors touches a page.
+    /// A guest on one of the processors touches a page, or several in a row.
     fn touch(&mut self) {
         let cpu = self.random.below(CPUS as u64) as usize;
         run_as_cpu(cpu);
         let page = self.random.below(GUEST_PAGES + 4);
         let write = self.random.one_in(2);
+        let run = if self.random.one_in(8) {
+            1 + self.random.below(100)
+        } else {
+            1
+        };
+        for page in page..page + run {
+            self.touch_page(cpu, page, write);
+        }
+    }
+
+    fn touch_page(&mut self, cpu: usize, page: u64, write: bool) {
         for attempt in 0..4 {
             // Entry: whatever is still cached must be true, or be flushed now.
             let flush = self.space.before_entry(cpu).unwrap();
@@ -447,10 +461,10 @@ impl Bench {
     /// Answers a fault; whether the guest should try again.
     fn fault(&mut self, page: u64, write: bool, attempt: u32) -> bool {
         let access = if write { Access::WRITE } else { Access::READ };
-        let mut reserve = Reserve::new();
         let fail_in = (self.failing && self.random.one_in(3)).then(|| self.random.below(6) as u32);
         let (result, failed) = with_failure(fail_in, || {
-            self.space.fault(Gpa(page * PAGE + 8), access, &mut reserve)
+            self.space
+                .fault(Gpa(page * PAGE + 8), access, &mut self.reserve)
         });
         if failed {
             assert_eq!(result, Err(Error::NoMemory));
@@ -534,13 +548,19 @@ impl Bench {
         assert_eq!(counts.slots, self.model.runs());
         assert_eq!(counts.blocks, self.model.blocks.len());
         assert_eq!(counts.protected_ranges, self.model.protected_runs());
-        assert_eq!(counts.tables as usize, self.host.pages());
+        // The vCPU keeps at most one table of each level for its next fault.
+        let kept = self.host.pages() - counts.tables as usize;
+        assert!(kept <= 3, "{kept} tables are nowhere");
     }
 
     /// The EPT against the model, page by page, and its tables against its
     /// leaves: none is empty.
     fn check_all(&self) {
         self.check_counts();
+        let pinned = self.host.pinned();
+        assert_eq!(self.space.statistics().pinned, pinned.len() as u64);
+        let in_block = |page| self.model.overlaps(page, page + 1);
+        assert!(pinned.into_iter().all(in_block), "pinned for no block");
         let eptp = self.space.eptp();
         let mut leaves = [0; 3];
         let mut tables = BTreeSet::from([(4, 0)]);
@@ -577,8 +597,12 @@ impl Bench {
     /// Ends the VM: every page comes back.
     fn finish(self) {
         self.check_all();
+        let pages = self.space.statistics().tables as usize;
+        drop(self.reserve);
+        assert_eq!(self.host.pages(), pages);
         drop(self.space);
         assert_eq!(self.host.pages(), 0);
+        assert_eq!(self.host.pinned(), []);
         assert_eq!(
             UNDER_SPIN.load(Ordering::Relaxed),
             0,
@@ -589,10 +613,10 @@ impl Bench {
 
 /// Sequences of random operations; in every third one allocations fail.
 /// Returns the failures that were come across and the large leaves seen.
-fn run(sequences: u64, operations: u64, seed: u64) -> (u64, u64) {
+fn run(sequences: u64, operations: u64, seed: u64, pins: bool) -> (u64, u64) {
     let (mut failures, mut large) = (0, 0);
     for sequence in 0..sequences {
-        let mut bench = Bench::new(seed + sequence * 1000, sequence % 3 == 2);
+        let mut bench = Bench::new(seed + sequence * 1000, sequence % 3 == 2, pins);
         for operation in 0..operations {
             bench.step();
             if operation % 8 == 0 {
@@ -611,8 +635,16 @@ fn run(sequences: u64, operations: u64, seed: u64) -> (u64, u64) {
 
 #[test]
 fn random_operations_agree_with_the_model() {
-    let (failures, large) = run(50, 1000, 1);
+    let (failures, large) = run(50, 1000, 1, false);
     assert!(failures > 500, "only {failures} allocations failed");
+    assert!(large > 100, "only {large} large leaves");
+}
+
+/// On a host that pins.
+#[test]
+fn random_operations_with_pinned_memory_agree_with_the_model() {
+    let (failures, large) = run(50, 1000, 2, true);
+    assert!(failures > 200, "only {failures} allocations failed");
     assert!(large > 100, "only {large} large leaves");
 }
 
@@ -622,5 +654,6 @@ fn random_operations_agree_with_the_model() {
 fn a_million_random_operations_agree_with_the_model() {
     let seed = std::env::var("MEMORY_SEED").ok();
     let seed = seed.and_then(|seed| seed.parse().ok()).unwrap_or(77);
-    run(1000, 1000, seed);
+    run(1000, 1000, seed, false);
+    run(200, 1000, seed, true);
 }

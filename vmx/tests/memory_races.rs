@@ -23,6 +23,7 @@ use memory_host::{Allocator, Backing, FakeHost, PAGE, Random, UNDER_SPIN, run_as
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
 
+const STANDALONE: u32 = 0x40;
 const INVALID: u32 = 0x80;
 const GROUP: u64 = 512;
 const VCPUS: usize = 3;
@@ -55,15 +56,29 @@ struct World {
     late: AtomicUsize,
 }
 
+/// The blocks of a pinned world: the pages that end with their last slot.
+fn blocks() -> impl Iterator<Item = (u64, u64)> {
+    let small = (GROUP..PAGES).step_by(32).map(|first| (first, first + 32));
+    std::iter::once((0, GROUP)).chain(small)
+}
+
 impl World {
-    fn new() -> Arc<Self> {
-        let host = FakeHost::new(VCPUS + 1);
+    fn new(pins: bool) -> Arc<Self> {
+        let host = FakeHost::lending(VCPUS + 1, pins);
         let caps = EptVpidCaps::PAGE_2M | EptVpidCaps::ACCESSED_DIRTY;
         let space = AddressSpace::new(&host, caps, 40).unwrap();
-        space
-            .add_ram_block(Hva(CLIENT * PAGE), PAGES * PAGE)
-            .unwrap();
-        space.set_ram(0, PAGES * PAGE, CLIENT * PAGE, 0).unwrap();
+        if pins {
+            for (first, last) in blocks() {
+                let va = (CLIENT + first) * PAGE;
+                let size = (last - first) * PAGE;
+                space.set_ram(first * PAGE, size, va, STANDALONE).unwrap();
+            }
+        } else {
+            space
+                .add_ram_block(Hva(CLIENT * PAGE), PAGES * PAGE)
+                .unwrap();
+            space.set_ram(0, PAGES * PAGE, CLIENT * PAGE, 0).unwrap();
+        }
         let flags = |count| (0..count).map(|_| AtomicBool::new(false)).collect();
         let world = Self {
             host,
@@ -92,7 +107,14 @@ impl World {
             );
         }
         world.host.0.pause.store(2, Ordering::Relaxed);
-        Arc::new(world)
+        let world = Arc::new(world);
+        let freed = Arc::downgrade(&world);
+        *world.host.0.pinning.lock().unwrap() = Some(Box::new(move |frame, pinned| {
+            if let Some(world) = freed.upgrade() {
+                world.freed(frame).store(!pinned, Ordering::SeqCst);
+            }
+        }));
+        world
     }
 
     /// Everything that is to be seen happened often enough.
@@ -242,6 +264,39 @@ impl World {
         }
     }
 
+    /// The client ends whole blocks, and what was pinned of them, and makes them
+    /// anew. Their frames are the host's in between.
+    fn client_of_blocks(&self) {
+        let mut random = Random(99);
+        run_as_cpu(VCPUS);
+        let blocks: Vec<_> = blocks().collect();
+        while !self.stop.load(Ordering::Relaxed) {
+            let (first, last) = blocks[random.below(blocks.len() as u64) as usize];
+            let (gpa, size) = (first * PAGE, (last - first) * PAGE);
+            let pinned = |host: &FakeHost| {
+                let pages = host.pinned();
+                let here = CLIENT + first..CLIENT + last;
+                pages.iter().filter(|page| here.contains(page)).count()
+            };
+            let before = pinned(&self.host);
+            self.space.set_ram(gpa, size, 0, INVALID).unwrap();
+            // A fault under way may hold them a moment longer.
+            let begun = Instant::now();
+            while pinned(&self.host) != 0 {
+                assert!(
+                    begun.elapsed().as_secs() < 20,
+                    "pinned for a block that has ended"
+                );
+                std::thread::yield_now();
+            }
+            let va = (CLIENT + first) * PAGE;
+            self.space.set_ram(gpa, size, va, STANDALONE).unwrap();
+            self.changes
+                .fetch_add(u64::from(before != 0), Ordering::Relaxed);
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
     /// The host moves pages: `begin`, the old frames are free, `end`.
     fn host(&self) {
         let mut random = Random(7);
@@ -305,15 +360,17 @@ impl World {
     }
 }
 
-fn run(duration: Duration) {
-    let world = World::new();
-    let start = Arc::new(Barrier::new(VCPUS + 2));
-    let threads: Vec<_> = (0..VCPUS + 2)
+fn run(duration: Duration, pins: bool) {
+    let world = World::new(pins);
+    let others = if pins { 1 } else { 2 };
+    let start = Arc::new(Barrier::new(VCPUS + others));
+    let threads: Vec<_> = (0..VCPUS + others)
         .map(|number| {
             let (world, start) = (world.clone(), start.clone());
             std::thread::spawn(move || {
                 start.wait();
                 match number {
+                    VCPUS if pins => world.client_of_blocks(),
                     VCPUS => world.client(),
                     number if number > VCPUS => world.host(),
                     number => world.vcpu(number),
@@ -354,11 +411,17 @@ fn run(duration: Duration) {
     let World { host, space, .. } = Arc::into_inner(world).unwrap();
     drop(space);
     assert_eq!(host.pages(), 0);
+    assert_eq!(host.pinned(), []);
 }
 
 #[test]
 fn nobody_touches_what_was_taken_away() {
-    run(Duration::from_secs(3));
+    run(Duration::from_secs(3), false);
+}
+
+#[test]
+fn nobody_touches_what_was_unpinned() {
+    run(Duration::from_secs(3), true);
 }
 
 /// An hour of it: `MEMORY_SECONDS`, 60 if not given.
@@ -369,5 +432,6 @@ fn nobody_touches_what_was_taken_away_for_long() {
     let seconds = seconds
         .and_then(|seconds| seconds.parse().ok())
         .unwrap_or(60);
-    run(Duration::from_secs(seconds));
+    run(Duration::from_secs(seconds), false);
+    run(Duration::from_secs(seconds), true);
 }

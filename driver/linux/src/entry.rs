@@ -15,7 +15,7 @@ use vmx::fallible::{NoMemory, Shared, try_box};
 use vmx::{Hypervisor, StartError};
 
 use crate::host::Linux;
-use crate::{host, logger, shim, user};
+use crate::{host, logger, shim, usage, user};
 
 /// The devices of this module, from the end of load to the start of unload. `Some` then: the place
 /// is made before the devices, so that nothing can fail after them.
@@ -37,6 +37,18 @@ fn devices() -> Option<&'static Devices<Linux>> {
 #[unsafe(no_mangle)]
 extern "C" fn haxm_core_set_log_level(level: u32) {
     logger::set_level(level);
+}
+
+/// Pages that the module holds.
+#[unsafe(no_mangle)]
+extern "C" fn haxm_core_pages() -> u64 {
+    usage::pages()
+}
+
+/// Bytes that it holds besides.
+#[unsafe(no_mangle)]
+extern "C" fn haxm_core_bytes() -> u64 {
+    usage::bytes()
 }
 
 fn load() -> Result<(), c_int> {

@@ -50,10 +50,30 @@ unsafe extern "C" {
         user: *mut c_void,
         address: u64,
         write: u32,
+        ahead: u32,
         frame: *mut u64,
         writable: *mut u32,
         shift: *mut u32,
     ) -> c_int;
+    /// Writes pages as `vmx::host::PresentPage` has them.
+    pub(crate) fn haxm_os_user_present(
+        user: *mut c_void,
+        first: u64,
+        wanted: usize,
+        pages: *mut u64,
+        count: usize,
+    );
+    /// Whether processes' memory is to be pinned.
+    pub(crate) safe fn haxm_os_user_pins() -> u32;
+    pub(crate) fn haxm_os_user_pin(
+        user: *mut c_void,
+        start: u64,
+        count: usize,
+        pins: *mut *mut c_void,
+    ) -> c_int;
+    /// A page as `vmx::host::PresentPage` has it.
+    pub(crate) fn haxm_os_user_pinned(pins: *mut c_void, index: usize) -> u64;
+    pub(crate) fn haxm_os_user_unpin(pins: *mut c_void);
     pub(crate) fn haxm_os_user_compare_exchange(
         address: u64,
         size: u32,

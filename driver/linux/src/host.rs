@@ -10,10 +10,10 @@ use vmx::cpu::native::Native;
 use vmx::fallible::NoMemory;
 use vmx::host::{CpuOffline, Host, HostPage};
 
-use crate::ffi;
 use crate::lock::{Mutex, Spin};
 use crate::shared::Page;
 use crate::user::Process;
+use crate::{ffi, usage};
 
 /// Linux, on this machine.
 #[derive(Clone, Copy, Debug, Default)]
@@ -53,13 +53,16 @@ unsafe impl Host for Linux {
         let mut physical = 0;
         // SAFETY: the result is our local.
         let page = unsafe { ffi::haxm_os_page_alloc(&raw mut physical) };
+        let address = NonNull::new(page.cast()).ok_or(NoMemory)?;
+        usage::page_taken();
         Ok(HostPage {
-            address: NonNull::new(page.cast()).ok_or(NoMemory)?,
+            address,
             physical: Hpa(physical),
         })
     }
 
     unsafe fn free_page(&self, page: HostPage) {
+        usage::page_given_back();
         // SAFETY: the caller gives back a page of `alloc_page`.
         unsafe { ffi::haxm_os_page_free(page.address.as_ptr().cast()) };
     }

@@ -27,4 +27,5 @@ mod logger;
 mod runtime;
 mod shared;
 mod shim;
+mod usage;
 mod user;

@@ -6,17 +6,22 @@
 use core::alloc::{GlobalAlloc, Layout};
 use core::panic::PanicInfo;
 
-use crate::ffi;
+use crate::{ffi, usage};
 
 struct KernelMemory;
 
 // SAFETY: the C half gives memory of the size and alignment asked for, or null.
 unsafe impl GlobalAlloc for KernelMemory {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ffi::haxm_os_alloc(layout.size(), layout.align()).cast()
+        let memory = ffi::haxm_os_alloc(layout.size(), layout.align());
+        if !memory.is_null() {
+            usage::taken(layout.size());
+        }
+        memory.cast()
     }
 
-    unsafe fn dealloc(&self, memory: *mut u8, _: Layout) {
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        usage::given_back(layout.size());
         // SAFETY: the caller gives back what `alloc` gave.
         unsafe { ffi::haxm_os_free(memory.cast()) };
     }

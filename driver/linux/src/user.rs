@@ -9,7 +9,7 @@ use core::sync::atomic::{AtomicPtr, Ordering};
 
 use vmx::arch::addr::{Hva, Pfn};
 use vmx::fallible::{NoMemory, try_box};
-use vmx::host::{HostFrame, Invalidate, UserFault, UserSpace};
+use vmx::host::{HostFrame, Invalidate, Lending, PinnedPages, PresentPage, UserFault, UserSpace};
 
 use crate::ffi;
 
@@ -55,6 +55,29 @@ const ENOMEM: c_int = 12;
 const EINTR: c_int = 4;
 const ERESTARTSYS: c_int = 512;
 
+/// Pages held in place.
+pub(crate) struct Pins(NonNull<c_void>);
+
+// SAFETY: the handle may be used by any thread.
+unsafe impl Send for Pins {}
+// SAFETY: as above; it does not change.
+unsafe impl Sync for Pins {}
+
+// SAFETY: the kernel holds the pages until the drop.
+unsafe impl PinnedPages for Pins {
+    fn page(&self, index: usize) -> PresentPage {
+        // SAFETY: the handle lives as long as self; the C half checks the index.
+        PresentPage::from_bits(unsafe { ffi::haxm_os_user_pinned(self.0.as_ptr(), index) })
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        // SAFETY: the handle is ours and not used after this.
+        unsafe { ffi::haxm_os_user_unpin(self.0.as_ptr()) };
+    }
+}
+
 /// The C half's result: 0, or a negative errno.
 pub(crate) fn outcome(result: c_int) -> Result<(), UserFault> {
     match result.saturating_neg() {
@@ -77,15 +100,35 @@ pub(crate) fn copy_out(address: u64, bytes: &[u8]) -> Result<(), UserFault> {
     outcome(unsafe { ffi::haxm_os_copy_out(address, bytes.as_ptr(), bytes.len()) })
 }
 
-// SAFETY: the kernel's MMU notifier precedes each change of what `fault_in` reported, and the C half
+// SAFETY: the kernel's MMU notifier precedes each change of what `fault_in` and `present` reported, and the C half
 // forwards each pair of its calls; the end of the process is a report about everything.
 unsafe impl UserSpace for Process {
+    type Pins = Pins;
+
+    fn lending(&self) -> Lending {
+        if ffi::haxm_os_user_pins() == 0 {
+            Lending::Borrowed
+        } else {
+            Lending::Pinned
+        }
+    }
+
+    fn pin(&self, start: Hva, pages: usize) -> Result<Pins, UserFault> {
+        let mut pins = null_mut();
+        // SAFETY: the handle lives as long as self; the C half checks the range; the result is our
+        // local.
+        outcome(unsafe {
+            ffi::haxm_os_user_pin(self.handle.as_ptr(), start.0, pages, &raw mut pins)
+        })?;
+        NonNull::new(pins).map(Pins).ok_or(UserFault::BadAddress)
+    }
+
     fn is_current(&self) -> bool {
         // SAFETY: the handle lives as long as self.
         unsafe { ffi::haxm_os_user_is_current(self.handle.as_ptr()) != 0 }
     }
 
-    fn fault_in(&self, address: Hva, write: bool) -> Result<HostFrame, UserFault> {
+    fn fault_in(&self, address: Hva, write: bool, ahead: u32) -> Result<HostFrame, UserFault> {
         let (mut frame, mut writable, mut shift) = (0, 0, 0);
         // SAFETY: the handle lives as long as self; the results are our locals.
         outcome(unsafe {
@@ -93,6 +136,7 @@ unsafe impl UserSpace for Process {
                 self.handle.as_ptr(),
                 address.0,
                 u32::from(write),
+                ahead,
                 &raw mut frame,
                 &raw mut writable,
                 &raw mut shift,
@@ -103,6 +147,20 @@ unsafe impl UserSpace for Process {
             writable: writable != 0,
             shift,
         })
+    }
+
+    fn present(&self, first: Hva, wanted: usize, pages: &mut [PresentPage]) {
+        let count = pages.len();
+        // SAFETY: the handle lives as long as self; the C half writes at most `count` words.
+        unsafe {
+            ffi::haxm_os_user_present(
+                self.handle.as_ptr(),
+                first.0,
+                wanted,
+                pages.as_mut_ptr().cast(),
+                count,
+            );
+        }
     }
 
     fn read(&self, address: Hva, bytes: &mut [u8]) -> Result<(), UserFault> {

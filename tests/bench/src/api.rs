@@ -28,6 +28,10 @@ pub enum Exit {
 /// A hypervisor.
 pub trait Api: Sized {
     type Vm: Vm;
+    /// Mappings that a VM can have.
+    const MOST_SLOTS: u32;
+    /// Bytes of kernel memory that its modules hold, if they say so.
+    fn memory() -> Option<u64>;
     fn open() -> Result<Self>;
     /// A new VM, open, without memory.
     fn create_vm(&self) -> Result<Self::Vm>;

@@ -94,7 +94,7 @@ pub fn slots<A: Api>(api: &A) -> Result<()> {
 }
 
 /// Bytes that the kernel has to give, those that it keeps aside for a processor among them.
-fn free() -> Result<u64> {
+pub fn free() -> Result<u64> {
     // Has the kernel bring its counts up to date.
     std::fs::read("/proc/sys/vm/stat_refresh").context("stat_refresh")?;
     let text = std::fs::read_to_string("/proc/zoneinfo")?;

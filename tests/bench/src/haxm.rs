@@ -38,6 +38,14 @@ pub struct Haxm(File);
 impl Api for Haxm {
     type Vm = HaxmVm;
 
+    const MOST_SLOTS: u32 = 1 << 20;
+
+    fn memory() -> Option<u64> {
+        let text = std::fs::read_to_string("/sys/module/haxm/parameters/memory").ok()?;
+        let (pages, bytes) = text.trim().split_once(' ')?;
+        Some(pages.parse::<u64>().ok()? * 4096 + bytes.parse::<u64>().ok()?)
+    }
+
     fn open() -> Result<Self> {
         open("/dev/HAX").map(Self)
     }

@@ -26,6 +26,13 @@ pub struct KvmApi(Kvm, CpuId);
 impl Api for KvmApi {
     type Vm = KvmVm;
 
+    /// KVM_USER_MEM_SLOTS: SHRT_MAX less three of its own.
+    const MOST_SLOTS: u32 = 0x7fff - 3;
+
+    fn memory() -> Option<u64> {
+        None
+    }
+
     fn open() -> Result<Self> {
         let kvm = Kvm::new().context("/dev/kvm")?;
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;

@@ -9,6 +9,7 @@ mod guest;
 mod haxm;
 mod kvm;
 mod mark;
+mod memory;
 mod ram;
 mod rows;
 mod sample;

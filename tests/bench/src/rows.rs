@@ -4,24 +4,22 @@ use anyhow::{Result, ensure};
 
 use crate::api::{Api, Exit, Vcpu, Vm, request};
 use crate::growth;
-use crate::guest::{
-    self, Guest, OTHER_PORT, PORT, RAM_SIZE, STRING, TOUCHED, TOUCHED_SIZE, VECTOR,
-};
+use crate::guest::{self, Guest, OTHER_PORT, PORT, RAM_SIZE, STRING, VECTOR};
 use crate::mark;
 use crate::ram::Ram;
 use crate::sample::{Samples, ticks};
-use crate::{code, measured};
+use crate::{code, measured, memory};
 
 /// Samples of the rows that this program measures, after as many to warm up.
 const ROUNDS: usize = 256;
 
 /// A group of rows and what measures it.
-type Row<A> = (&'static str, fn(&A) -> Result<()>);
+pub(crate) type Row<A> = (&'static str, fn(&A) -> Result<()>);
 
 /// Measures all rows whose group's name contains one of the filter's words, which commas separate; returns how many
 /// could not be.
 pub fn all<A: Api>(filter: &str) -> u32 {
-    let rows: [Row<A>; 22] = [
+    let rows: [Row<A>; 17] = [
         ("null", null),
         ("out", out),
         ("in", input),
@@ -33,13 +31,8 @@ pub fn all<A: Api>(filter: &str) -> u32 {
         ("cpuid", cpuid),
         ("msr", msr),
         ("cr", control_registers),
-        ("touch_first", touch_first),
-        ("touch_host_4k", touch_host_4k),
-        ("touch_host_2m", touch_host_2m),
         ("create_vm", create_vm),
         ("create_vcpu", create_vcpu),
-        ("slots", slots),
-        ("fault_2m", fault_2m),
         ("growth_vcpus", growth::vcpus),
         ("growth_vms", growth::vms),
         ("growth_slots", growth::slots),
@@ -47,7 +40,8 @@ pub fn all<A: Api>(filter: &str) -> u32 {
     ];
     let mut failed = 0;
     let wanted = |name: &str| filter.split(',').any(|word| name.contains(word));
-    for (name, row) in rows.iter().filter(|(name, _)| wanted(name)) {
+    let rows = rows.into_iter().chain(memory::rows::<A>());
+    for (name, row) in rows.filter(|row| wanted(row.0)) {
         if let Err(error) = A::open().and_then(|api| row(&api)) {
             println!("@@FAILED {name}: {error:#}");
             failed += 1;
@@ -225,7 +219,7 @@ fn inside<A: Api>(api: &A, name: &str, code: &[u8]) -> Result<()> {
     inside_of(&guest, name)
 }
 
-fn inside_of<A: Api>(guest: &Guest<A>, name: &str) -> Result<()> {
+pub(crate) fn inside_of<A: Api>(guest: &Guest<A>, name: &str) -> Result<()> {
     mark::row(Some(name));
     guest.expect(Exit::Halt)?;
     mark::row(None);
@@ -288,58 +282,6 @@ fn control_registers<A: Api>(api: &A) -> Result<()> {
     )
 }
 
-/// Writes to 1024 pages, one after the other.
-fn touch<A: Api>(api: &A, name: &str, ram: Ram) -> Result<()> {
-    let code = measured!("mov byte ptr [ebx], 1", "add ebx, 4096");
-    inside_of(&Guest::new(api, code, ram)?, name)
-}
-
-fn touch_first<A: Api>(api: &A) -> Result<()> {
-    touch(api, "touch_first", Ram::new(RAM_SIZE)?)
-}
-
-fn touch_host_4k<A: Api>(api: &A) -> Result<()> {
-    let ram = Ram::new(RAM_SIZE)?;
-    ram.touch(TOUCHED, TOUCHED_SIZE);
-    touch(api, "touch_host_4k", ram)
-}
-
-fn touch_host_2m<A: Api>(api: &A) -> Result<()> {
-    let ram = Ram::new(RAM_SIZE)?;
-    ram.large(TOUCHED, TOUCHED_SIZE)?;
-    ram.touch(TOUCHED, TOUCHED_SIZE);
-    touch(api, "touch_host_2m", ram)
-}
-
-/// The fault that maps 2 MB: one touch in each of 32 pages of that size.
-fn fault_2m<A: Api>(api: &A) -> Result<()> {
-    const PAGES: u64 = 32;
-    let size = PAGES << 21;
-    let ram = Ram::new(TOUCHED + size)?;
-    ram.large(TOUCHED, size)?;
-    ram.touch(TOUCHED, size);
-    let code = code!(
-        "mov edi, 0x100000",
-        "mov ebp, 32",
-        "mov ebx, 0x400000",
-        "2: rdtsc",
-        "mov esi, eax",
-        "mov byte ptr [ebx], 1",
-        "add ebx, 0x200000",
-        "rdtsc",
-        "sub eax, esi",
-        "stosd",
-        "dec ebp",
-        "jnz 2b",
-        "hlt",
-    );
-    let guest = Guest::new(api, code, ram)?;
-    guest.expect(Exit::Halt)?;
-    let samples: Samples = guest.first_results(PAGES).collect();
-    samples.print("fault_2m");
-    Ok(())
-}
-
 /// A VM beside another one, and its end.
 fn create_vm<A: Api>(api: &A) -> Result<()> {
     let _first = api.create_vm()?;
@@ -366,37 +308,5 @@ fn create_vcpu<A: Api>(api: &A) -> Result<()> {
         samples.push(ticks);
     }
     samples.print("vcpu_create");
-    Ok(())
-}
-
-/// One more 4 KB mapping, and its end, in a VM that has 1, 100, 10,000.
-fn slots<A: Api>(api: &A) -> Result<()> {
-    const MOST: u32 = 10_000;
-    let pages = 2 * u64::from(MOST) + 2;
-    let ram = Ram::new(pages * 4096)?;
-    let vm = api.create_vm()?;
-    vm.declare(ram.address(), ram.size())?;
-    // Every other page, so that no two are one range.
-    let put = |slot: u32| {
-        let at = u64::from(slot) * 8192;
-        vm.map(slot, at, 4096, ram.address() + at)
-    };
-    let mut have = 0;
-    for wanted in [1, 100, MOST] {
-        while have < wanted {
-            put(have)?;
-            have += 1;
-        }
-        let mut samples = Samples::default();
-        for _ in 0..15 {
-            let (ticks, result) = ticks(|| {
-                put(MOST)?;
-                vm.unmap(MOST, u64::from(MOST) * 8192, 4096)
-            });
-            result?;
-            samples.push(ticks);
-        }
-        samples.print(&format!("slots_{wanted}"));
-    }
     Ok(())
 }

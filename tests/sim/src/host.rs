@@ -16,7 +16,8 @@ use crate::fault;
 use crate::lock::{SimMutex, SimSpin, check_may_sleep};
 use crate::machine::{Inner, Machine, TR_LIMIT};
 use crate::memory::Owner;
-use crate::user::{Process, SimUserSpace};
+use crate::user::Process;
+use crate::user_space::SimUserSpace;
 
 /// The host of a [`Machine`].
 #[derive(Clone)]

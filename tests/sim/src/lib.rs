@@ -27,6 +27,7 @@ mod profile;
 pub mod rig;
 mod step;
 mod user;
+mod user_space;
 mod vmcs;
 
 pub use check::{Check, EntryFailure, Stage};
@@ -39,4 +40,5 @@ pub use lock::{SimMutex, SimSpin};
 pub use machine::{Counts, Machine, Received};
 pub use profile::Profile;
 pub use step::Step;
-pub use user::{Process, SimUserSpace};
+pub use user::Process;
+pub use user_space::{SimPins, SimUserSpace};

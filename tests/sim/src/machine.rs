@@ -222,6 +222,15 @@ impl Processor {
     }
 }
 
+/// What is known of a pinned frame.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Pin {
+    /// How often it is pinned.
+    pub(crate) count: u64,
+    /// The process has it no more: it is freed with the last pin.
+    pub(crate) orphan: bool,
+}
+
 /// Everything behind the machine's lock.
 pub(crate) struct State {
     pub(crate) cpus: Vec<Processor>,
@@ -237,6 +246,8 @@ pub(crate) struct State {
     pub(crate) ran_last: HashMap<(u16, u64), usize>,
     /// See [`Machine::delay_foreign_vmxon`].
     pub(crate) foreign_late: u32,
+    /// User frames that are pinned.
+    pub(crate) pinned: BTreeMap<u64, Pin>,
     pub(crate) tsc: u64,
     pub(crate) idle: u64,
 }
@@ -270,6 +281,8 @@ pub(crate) struct Inner {
     pub(crate) clock: AtomicU64,
     pub(crate) event_pending: AtomicBool,
     pub(crate) keeps_vmxe: AtomicBool,
+    /// User memory is pinned, not borrowed.
+    pub(crate) pins: AtomicBool,
     pub(crate) locks: AtomicUsize,
     pub(crate) listeners: AtomicUsize,
     pub(crate) zero_frame: u64,
@@ -294,6 +307,10 @@ impl Drop for Inner {
         let late = self.state().memory.written_after_free();
         if !late.is_empty() {
             self.finding(format!("pages written after they were freed: {late:x?}"));
+        }
+        let pinned = self.state().pinned.len();
+        if pinned != 0 {
+            self.finding(format!("{pinned} frames are still pinned"));
         }
         let findings = std::mem::take(&mut self.state().findings);
         if !findings.is_empty() && !std::thread::panicking() {
@@ -325,6 +342,7 @@ impl Machine {
             eptps: Vec::new(),
             ran_last: HashMap::new(),
             foreign_late: 0,
+            pinned: BTreeMap::new(),
             tsc: 1_000_000,
             idle: 0,
         };
@@ -337,6 +355,7 @@ impl Machine {
             clock: AtomicU64::new(1),
             event_pending: AtomicBool::new(false),
             keeps_vmxe: AtomicBool::new(true),
+            pins: AtomicBool::new(std::env::var_os("SIM_PIN").is_some()),
             locks: AtomicUsize::new(0),
             listeners: AtomicUsize::new(0),
             zero_frame,
@@ -355,6 +374,25 @@ impl Machine {
     #[must_use]
     pub fn haswell() -> Self {
         Self::new(Profile::haswell(), 2)
+    }
+
+    /// Whether this host pins user memory because it cannot report changes of
+    /// it. Without a word it does if `SIM_PIN` is set. To be said before the
+    /// first VM is made.
+    pub fn pin_user_memory(&self, pins: bool) {
+        self.0.pins.store(pins, Ordering::SeqCst);
+    }
+
+    /// Whether it does.
+    #[must_use]
+    pub fn pins_user_memory(&self) -> bool {
+        self.0.pins.load(Ordering::SeqCst)
+    }
+
+    /// Frames of user memory that are pinned.
+    #[must_use]
+    pub fn pinned_frames(&self) -> usize {
+        self.0.state().pinned.len()
     }
 
     /// The host, as the code under test takes it.

@@ -10,16 +10,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use vmx::arch::addr::{Hva, Pfn};
-use vmx::fallible::NoMemory;
-use vmx::host::{ATOMIC_LINE, HostFrame, Invalidate, UserFault, UserSpace};
+use vmx::host::{HostFrame, Invalidate, PresentPage, UserFault};
 
 use crate::cores::thread;
 use crate::fault;
-use crate::lock::check_may_sleep;
 use crate::machine::{Inner, Machine};
 use crate::memory::Owner;
 
-const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 
 /// A range that the process has asked for.
 #[derive(Clone, Copy, Debug)]
@@ -41,17 +39,17 @@ struct Mapped {
 }
 
 #[derive(Default)]
-struct Table {
+pub(crate) struct Table {
     areas: BTreeMap<u64, Area>,
     pages: BTreeMap<u64, Mapped>,
     next: u64,
     /// Fault-ins left until one fails with `Interrupted`.
-    interrupt_in: Option<u64>,
+    pub(crate) interrupt_in: Option<u64>,
 }
 
-struct Listener {
-    id: u64,
-    target: NonNull<dyn Invalidate>,
+pub(crate) struct Listener {
+    pub(crate) id: u64,
+    pub(crate) target: NonNull<dyn Invalidate>,
 }
 
 // SAFETY: `watch`'s contract keeps the target valid until `unwatch`, on any thread.
@@ -59,16 +57,16 @@ unsafe impl Send for Listener {}
 // SAFETY: the target is Sync.
 unsafe impl Sync for Listener {}
 
-struct Space {
+pub(crate) struct Space {
     id: u64,
     machine: Weak<Inner>,
     table: Mutex<Table>,
-    listeners: RwLock<Vec<Listener>>,
+    pub(crate) listeners: RwLock<Vec<Listener>>,
 }
 
 /// A process. A handle: clones are the same process.
 #[derive(Clone)]
-pub struct Process(Arc<Space>);
+pub struct Process(pub(crate) Arc<Space>);
 
 impl Area {
     fn allows(self, write: bool) -> bool {
@@ -104,14 +102,14 @@ impl Process {
         }))
     }
 
-    fn machine(&self) -> Arc<Inner> {
+    pub(crate) fn machine(&self) -> Arc<Inner> {
         self.0
             .machine
             .upgrade()
             .expect("the machine outlives its processes")
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    pub(crate) fn table(&self) -> MutexGuard<'_, Table> {
         self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -356,9 +354,71 @@ impl Process {
         }
         let mut state = inner.state();
         let frames = mapped.frame..mapped.frame + (1 << (mapped.shift - 12));
-        state.check_frames_unused(&inner.profile, frames.clone());
+        if frames
+            .clone()
+            .all(|frame| !state.pinned.contains_key(&frame))
+        {
+            state.check_frames_unused(&inner.profile, frames.clone());
+        }
         for frame in frames {
-            if state.memory.owner(frame) == Some(Owner::User) {
+            if let Some(pin) = state.pinned.get_mut(&frame) {
+                pin.orphan = true;
+            } else if state.memory.owner(frame) == Some(Owner::User) {
+                state.memory.release(frame);
+            }
+        }
+    }
+
+    /// Brings in pages and holds their frames: those it could not, none.
+    pub(crate) fn pin(&self, start: Hva, pages: usize) -> Result<Vec<PresentPage>, UserFault> {
+        let mut found = Vec::new();
+        for address in (start.0..).step_by(PAGE as usize).take(pages) {
+            match self.pin_one(address) {
+                Ok(page) => found.push(page),
+                Err(fault) => {
+                    self.unpin(&found);
+                    return Err(fault);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn pin_one(&self, address: u64) -> Result<PresentPage, UserFault> {
+        loop {
+            let page = self
+                .resolve(address, true)
+                .or_else(|_| self.resolve(address, false))?;
+            // The page may have gone again; while the table is held it cannot.
+            let table = self.table();
+            let mapped = table.page(address);
+            let frame = mapped.map(|(start, mapped)| mapped.frame + ((address - start) >> 12));
+            if frame == Some(page.frame.0) {
+                let inner = self.machine();
+                inner.state().pinned.entry(page.frame.0).or_default().count += 1;
+                return Ok(PresentPage::new(page.frame, page.writable));
+            }
+        }
+    }
+
+    /// Ends what `pin` began. Nobody may be able to reach the frames any more.
+    pub(crate) fn unpin(&self, pages: &[PresentPage]) {
+        let inner = self.machine();
+        let mut state = inner.state();
+        for frame in pages.iter().filter_map(|page| page.frame()) {
+            let frame = frame.0;
+            let Some(pin) = state.pinned.get_mut(&frame) else {
+                state.finding(format!("host frame {frame:#x} is unpinned twice"));
+                continue;
+            };
+            pin.count -= 1;
+            if pin.count != 0 {
+                continue;
+            }
+            let orphan = pin.orphan;
+            state.pinned.remove(&frame);
+            state.check_frames_unused(&inner.profile, frame..frame + 1);
+            if orphan && state.memory.owner(frame) == Some(Owner::User) {
                 state.memory.release(frame);
             }
         }
@@ -404,7 +464,7 @@ impl Process {
     }
 
     /// The page behind an address, brought in as the host's fault handler does.
-    fn resolve(&self, address: u64, write: bool) -> Result<HostFrame, UserFault> {
+    pub(crate) fn resolve(&self, address: u64, write: bool) -> Result<HostFrame, UserFault> {
         let inner = self.machine();
         loop {
             let mut table = self.table();
@@ -464,6 +524,37 @@ impl Process {
         }
     }
 
+    /// Brings in pages of the area that a touched page just below is in.
+    pub(crate) fn bring_in(&self, first: u64, count: u32) {
+        let area = self.table().area(first - PAGE);
+        let end = area.map_or(0, |(_, area)| if area.writable { area.end } else { 0 });
+        let end = end.min(first + u64::from(count) * PAGE);
+        for address in (first..end).step_by(PAGE as usize) {
+            if self.resolve(address, true).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// The pages of 4 KB that are mapped now. One that reads share is none: in
+    /// the simulated host as in others it is not an ordinary page.
+    pub(crate) fn present(&self, first: u64, wanted: usize, pages: &mut [PresentPage]) {
+        let zero = self.machine().zero_frame;
+        let table = self.table();
+        let at = |index: usize| {
+            let address = first + index as u64 * PAGE;
+            let (_, mapped) = table.page(address)?;
+            (mapped.shift == 12 && mapped.frame != zero)
+                .then(|| PresentPage::new(Pfn(mapped.frame), mapped.writable))
+        };
+        if at(wanted).is_none() {
+            return;
+        }
+        for (index, page) in pages.iter_mut().enumerate() {
+            *page = at(index).unwrap_or_default();
+        }
+    }
+
     /// The first write to a page that reads share, or that was write-protected.
     fn make_writable(&self, start: u64, seen: Mapped) {
         let range = start..start + (1 << seen.shift);
@@ -484,7 +575,7 @@ impl Process {
         });
     }
 
-    fn copy(
+    pub(crate) fn copy(
         &self,
         address: Hva,
         length: usize,
@@ -530,176 +621,5 @@ impl Process {
         thread(|t| t.process.borrow().as_ref().map(|p| p.0.id))
             .unwrap_or_else(|| Machine(self.machine()).process().0.id)
             == self.0.id
-    }
-}
-
-/// A process as the core holds it.
-pub struct SimUserSpace {
-    process: Process,
-    id: u64,
-}
-
-impl SimUserSpace {
-    pub(crate) fn new(process: Process) -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        Self {
-            process,
-            id: NEXT.fetch_add(1, Ordering::Relaxed),
-        }
-    }
-
-    fn may_sleep(&self, what: &str) {
-        check_may_sleep(&self.process.machine(), what);
-    }
-
-    fn of_caller(&self, what: &str) {
-        self.may_sleep(what);
-        if !self.process.is_current() {
-            self.process
-                .machine()
-                .finding(format!("{what} from a thread of another process"));
-        }
-    }
-}
-
-// SAFETY: `changing` and `make_writable` frame every change of a present page
-// by reports; listeners are called under the lock that `unwatch` takes.
-unsafe impl UserSpace for SimUserSpace {
-    fn is_current(&self) -> bool {
-        self.process.is_current()
-    }
-
-    fn fault_in(&self, address: Hva, write: bool) -> Result<HostFrame, UserFault> {
-        self.may_sleep("fault_in");
-        if fault::strikes() {
-            return Err(UserFault::NoMemory);
-        }
-        let _inside = fault::inside();
-        {
-            let mut table = self.process.table();
-            match table.interrupt_in {
-                Some(0) => {
-                    table.interrupt_in = None;
-                    return Err(UserFault::Interrupted);
-                }
-                Some(left) => table.interrupt_in = Some(left - 1),
-                None => {}
-            }
-        }
-        self.process.resolve(address.0, write)
-    }
-
-    fn read(&self, address: Hva, bytes: &mut [u8]) -> Result<(), UserFault> {
-        let _inside = fault::inside();
-        self.of_caller("read of user memory");
-        self.process
-            .copy(address, bytes.len(), false, |inner, at, done, len| {
-                inner.state().memory.read(at, &mut bytes[done..done + len]);
-            })
-    }
-
-    fn write(&self, address: Hva, bytes: &[u8]) -> Result<(), UserFault> {
-        let _inside = fault::inside();
-        self.of_caller("write of user memory");
-        self.process
-            .copy(address, bytes.len(), true, |inner, at, done, len| {
-                inner.state().memory.write(at, &bytes[done..done + len]);
-            })
-    }
-
-    fn compare_exchange(
-        &self,
-        address: Hva,
-        size: u8,
-        old: u128,
-        new: u128,
-    ) -> Result<u128, UserFault> {
-        let _inside = fault::inside();
-        self.of_caller("compare_exchange of user memory");
-        let in_line = address.0 % ATOMIC_LINE + u64::from(size) <= ATOMIC_LINE;
-        match size {
-            1 | 2 | 4 | 8 => assert!(in_line, "split lock in compare_exchange"),
-            16 => assert!(address.is_aligned(16), "alignment of compare_exchange"),
-            _ => panic!("size of compare_exchange"),
-        }
-        let frame = self.process.resolve(address.0, true)?;
-        let inner = self.process.machine();
-        let at = frame.frame.0 << 12 | address.page_offset();
-        // The machine's lock makes it atomic among processors of this machine.
-        let state = inner.state();
-        let mut bytes = [0; 16];
-        let length = usize::from(size);
-        if !state.memory.read(at, &mut bytes[..length]) {
-            return Err(UserFault::BadAddress);
-        }
-        let was = u128::from_le_bytes(bytes);
-        if was == old {
-            state.memory.write(at, &new.to_le_bytes()[..length]);
-        }
-        Ok(was)
-    }
-
-    unsafe fn watch(&self, listener: NonNull<dyn Invalidate>) -> Result<(), NoMemory> {
-        self.may_sleep("watch");
-        if fault::strikes() {
-            return Err(NoMemory);
-        }
-        let _inside = fault::inside();
-        let mut all = self
-            .process
-            .0
-            .listeners
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        if all.iter().any(|l| l.id == self.id) {
-            self.process
-                .machine()
-                .finding("a second listener on one user space");
-        }
-        all.push(Listener {
-            id: self.id,
-            target: listener,
-        });
-        self.process
-            .machine()
-            .listeners
-            .fetch_add(1, Ordering::SeqCst);
-        Ok(())
-    }
-
-    fn unwatch(&self) {
-        let _inside = fault::inside();
-        self.may_sleep("unwatch");
-        let mut all = self
-            .process
-            .0
-            .listeners
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        let before = all.len();
-        all.retain(|l| l.id != self.id);
-        let gone = before - all.len();
-        self.process
-            .machine()
-            .listeners
-            .fetch_sub(gone, Ordering::SeqCst);
-    }
-}
-
-impl Drop for SimUserSpace {
-    fn drop(&mut self) {
-        let left = self
-            .process
-            .0
-            .listeners
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-            .any(|l| l.id == self.id);
-        if left && !std::thread::panicking() {
-            self.process
-                .machine()
-                .finding("user space dropped with its listener left");
-        }
     }
 }

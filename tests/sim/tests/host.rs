@@ -88,7 +88,7 @@ fn sleeping_where_a_kernel_cannot() {
     let spin: Lock<SimSpin, ()> = Lock::new(LockClass::Ept, ()).unwrap();
     let sleepers: [(&str, &dyn Fn()); 5] = [
         ("alloc_page", &|| drop(OwnedPage::new(&host))),
-        ("fault_in", &|| _ = user.fault_in(at, true)),
+        ("fault_in", &|| _ = user.fault_in(at, true, 0)),
         ("read of user", &|| _ = user.read(at, &mut [0])),
         ("sleeping lock", &|| drop(mutex.lock())),
         ("user_space", &|| drop(host.user_space())),
@@ -344,29 +344,29 @@ fn every_change_of_a_process_is_announced() {
     let at = process.map(0x4000);
     let reports = || heard.begins.load(Ordering::SeqCst);
     // A page that comes is no change; the first write to shared zeros is one.
-    let zero = user.fault_in(at, false).unwrap();
+    let zero = user.fault_in(at, false, 0).unwrap();
     assert!(!zero.writable);
     assert_eq!(reports(), 0);
-    let own = user.fault_in(at, true).unwrap();
+    let own = user.fault_in(at, true, 0).unwrap();
     assert!(own.writable);
     assert_ne!(own.frame, zero.frame);
     assert_eq!(reports(), 1);
     process.poke(at, &[5]);
     process.migrate(at, 4096);
-    assert_ne!(user.fault_in(at, true).unwrap().frame, own.frame);
+    assert_ne!(user.fault_in(at, true, 0).unwrap().frame, own.frame);
     let mut byte = [0];
     user.read(at, &mut byte).unwrap();
     assert_eq!(byte, [5]);
     process.protect(at, 4096, false);
-    assert_eq!(user.fault_in(at, true), Err(UserFault::BadAddress));
-    assert!(!user.fault_in(at, false).unwrap().writable);
+    assert_eq!(user.fault_in(at, true, 0), Err(UserFault::BadAddress));
+    assert!(!user.fault_in(at, false, 0).unwrap().writable);
     process.protect(at, 4096, true);
-    assert!(user.fault_in(at, true).unwrap().writable);
+    assert!(user.fault_in(at, true, 0).unwrap().writable);
     process.discard(at, 4096);
     user.read(at, &mut byte).unwrap();
     assert_eq!(byte, [0]);
     process.unmap(at, 4096);
-    assert_eq!(user.fault_in(at, false), Err(UserFault::BadAddress));
+    assert_eq!(user.fault_in(at, false, 0), Err(UserFault::BadAddress));
     assert_eq!(user.write(at, &[1]), Err(UserFault::BadAddress));
     assert_eq!(reports(), heard.ends.load(Ordering::SeqCst));
     assert!(reports() >= 7);
@@ -384,14 +384,17 @@ fn large_pages_are_whole_aligned_and_split() {
     let process = machine.process();
     let at = process.map_with(4 << 20, 21);
     assert!(at.is_aligned(1 << 21));
-    let found = user.fault_in(Hva(at.0 + 0x5000), true).unwrap();
+    let found = user.fault_in(Hva(at.0 + 0x5000), true, 0).unwrap();
     assert_eq!(found.shift, 21);
     assert_eq!(found.frame.0 & 0x1ff, 5);
     process.poke(Hva(at.0 + 0x6000), &[6]);
     process.discard(Hva(at.0 + 0x5000), 4096);
-    assert_eq!(user.fault_in(Hva(at.0 + 0x6000), true).unwrap().shift, 12);
+    assert_eq!(
+        user.fault_in(Hva(at.0 + 0x6000), true, 0).unwrap().shift,
+        12
+    );
     process.collapse(at);
-    let found = user.fault_in(Hva(at.0 + 0x6000), true).unwrap();
+    let found = user.fault_in(Hva(at.0 + 0x6000), true, 0).unwrap();
     assert_eq!(found.shift, 21);
     let mut byte = [0];
     process.peek(Hva(at.0 + 0x6000), &mut byte);

@@ -24,6 +24,15 @@ fn client() -> Client {
     client
 }
 
+/// On a host that reports changes, also where the others pin.
+fn borrowing_client() -> Client {
+    let machine = Machine::haswell();
+    machine.pin_user_memory(false);
+    let client = Client::new(&machine);
+    client.protected_mode();
+    client
+}
+
 /// `mov eax, [address]` in 32-bit code.
 fn mov_eax_from(address: u64) -> [u8; 5] {
     let a = u32::try_from(address).unwrap().to_le_bytes();
@@ -243,7 +252,7 @@ fn protected_pages_come_to_the_client() {
 
 #[test]
 fn the_host_takes_pages_away() {
-    let client = client();
+    let client = borrowing_client();
     let page = Hva(client.ram.0 + 0x9000);
     client.run([Step::write(0x9000, 4, 1, 2), Step::read(0xa000, 4, 0, 2)]);
     // Moved: contents stay.
@@ -275,6 +284,7 @@ fn memory_that_is_gone_stops_the_vcpu_not_the_host() {
 #[test]
 fn large_pages_are_mapped_as_such_and_split() {
     let machine = Machine::haswell();
+    machine.pin_user_memory(false);
     let client = Client::new(&machine);
     client.protected_mode();
     let size = 8 << 20;
@@ -329,7 +339,7 @@ fn delivery_through_a_fresh_page_is_repeated() {
 
 #[test]
 fn a_guest_that_runs_loses_a_page_at_once() {
-    let client = client();
+    let client = borrowing_client();
     let machine = client.machine.clone();
     let vcpu = client.vcpu.clone();
     let done = Arc::new(AtomicBool::new(false));

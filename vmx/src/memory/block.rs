@@ -96,15 +96,17 @@ impl Blocks {
         }
     }
 
-    /// One slot less uses the block; the last one ends a stand-alone block.
-    pub(super) fn release(&mut self, start: u64) {
-        let Some(block) = self.tree.get_mut((start, 0)) else {
-            return;
-        };
+    /// One slot less uses the block; the last one ends a stand-alone block,
+    /// whose range is then the result.
+    pub(super) fn release(&mut self, start: u64) -> Option<(u64, u64)> {
+        let block = self.tree.get_mut((start, 0))?;
         block.slots = block.slots.saturating_sub(1);
-        if block.standalone && block.slots == 0 {
-            drop(self.tree.remove((start, 0)));
-            self.count = self.count.saturating_sub(1);
+        if !block.standalone || block.slots != 0 {
+            return None;
         }
+        let ended = (block.start, block.end);
+        drop(self.tree.remove((start, 0)));
+        self.count = self.count.saturating_sub(1);
+        Some(ended)
     }
 }

@@ -140,7 +140,7 @@ impl<H: Host> Inner<H> {
             return Err(Error::NoMemory);
         }
         let ids = [map.next_id, map.next_id.wrapping_add(1)];
-        let spare = Spare::new(ids)?;
+        map.spare.fill(ids)?;
         // Nothing fails from here on.
         map.next_id = map.next_id.wrapping_add(2);
         map.highest = map.highest.max(range.end);
@@ -156,6 +156,7 @@ impl<H: Host> Inner<H> {
                 return Ok(());
             }
         }
+        let spare = core::mem::replace(&mut map.spare, Spare::new());
         let mut grave = Graveyard::new();
         let mut core = self.core.lock();
         let left = core.slots.change(range.start, range.end, slot, spare);
@@ -181,12 +182,21 @@ impl<H: Host> Inner<H> {
             map.slots = map.slots.saturating_add(1);
         }
         for node in left.merged.into_iter().flatten() {
-            map.blocks.release(node.item.block);
-            map.slots = map.slots.saturating_sub(1);
+            self.release(map, node.item.block);
         }
+        map.spare = left.spare;
         let mut removed = left.removed;
         while !removed.is_empty() {
             self.forget_some(map, &mut removed);
+        }
+    }
+
+    /// One slot less uses the block; with the last one go a stand-alone block and
+    /// what is pinned of it. Every processor has been flushed.
+    fn release(&self, map: &mut Map, block: u64) {
+        map.slots = map.slots.saturating_sub(1);
+        if let Some((start, end)) = map.blocks.release(block) {
+            self.unpin(start, end);
         }
     }
 
@@ -194,6 +204,9 @@ impl<H: Host> Inner<H> {
         let mut nodes = [const { None }; BATCH];
         for node in &mut nodes {
             *node = removed.pop_first();
+            if node.is_none() {
+                break;
+            }
         }
         let mut mirrors = [const { None }; BATCH];
         let mut core = self.core.lock();
@@ -202,8 +215,11 @@ impl<H: Host> Inner<H> {
         }
         drop(core);
         for node in nodes.into_iter().flatten() {
-            map.blocks.release(node.item.block);
-            map.slots = map.slots.saturating_sub(1);
+            self.release(map, node.item.block);
+            map.spare.keep_slot(node);
+        }
+        for mirror in mirrors.into_iter().flatten() {
+            map.spare.keep_mirror(mirror);
         }
     }
 

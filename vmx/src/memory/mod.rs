@@ -14,10 +14,13 @@
 //!   [`walk::translate`] with an [`AddressSpace::reader`].
 
 mod access;
+mod around;
 mod block;
 mod change;
 mod ept;
+mod fault;
 mod invalidate;
+mod pin;
 pub mod presence;
 mod protect;
 mod slot;
@@ -134,6 +137,8 @@ pub struct Statistics {
     pub tables: u64,
     /// EPT leaves of 4 KB, 2 MB and 1 GB.
     pub leaves: [u64; 3],
+    /// Pages of the client's memory that are pinned.
+    pub pinned: u64,
     /// Times a translation was taken away (the flush generation).
     pub flushes: u64,
 }

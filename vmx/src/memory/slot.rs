@@ -112,32 +112,61 @@ impl Mirror {
     }
 }
 
-/// What one change of the map needs, made before anything is changed.
+/// What one change of the map needs, made before anything is changed: nodes for
+/// a new slot and for the upper rest of one that it cuts in two. What a change
+/// does not use, and as many as it frees, are kept for the next one.
 pub(super) struct Spare {
     slots: [Option<Box<Node<Slot>>>; 2],
     mirrors: [Option<Box<Node<Mirror>>>; 2],
 }
 
 impl Spare {
-    /// Nodes for a new slot and for the upper rest of one that it cuts in two.
-    /// The numbers are those of the two.
+    /// No nodes.
+    pub(super) const fn new() -> Self {
+        Self {
+            slots: [None, None],
+            mirrors: [None, None],
+        }
+    }
+
+    /// Makes what is missing. The numbers are those of the two slots.
     ///
     /// # Errors
     /// [`NoMemory`].
-    pub(super) fn new(ids: [u64; 2]) -> Result<Self, NoMemory> {
-        let slot = |id| Slot {
-            start: 0,
-            end: 0,
-            hva: 0,
-            block: 0,
-            rom: false,
-            id,
-        };
-        let [a, b] = ids.map(slot);
-        Ok(Self {
-            slots: [Some(Node::new(a)?), Some(Node::new(b)?)],
-            mirrors: [Some(Node::new(a.mirror())?), Some(Node::new(b.mirror())?)],
-        })
+    pub(super) fn fill(&mut self, ids: [u64; 2]) -> Result<(), NoMemory> {
+        let nodes = self.slots.iter_mut().zip(&mut self.mirrors);
+        for ((slot, mirror), id) in nodes.zip(ids) {
+            let new = Slot {
+                start: 0,
+                end: 0,
+                hva: 0,
+                block: 0,
+                rom: false,
+                id,
+            };
+            match slot {
+                Some(node) => node.item = new,
+                None => *slot = Some(Node::new(new)?),
+            }
+            if mirror.is_none() {
+                *mirror = Some(Node::new(new.mirror())?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps a slot that is gone, if one is missing.
+    pub(super) fn keep_slot(&mut self, node: Box<Node<Slot>>) {
+        if let Some(place) = self.slots.iter_mut().find(|place| place.is_none()) {
+            *place = Some(node);
+        }
+    }
+
+    /// Keeps the second entry of a slot that is gone, if one is missing.
+    pub(super) fn keep_mirror(&mut self, node: Box<Node<Mirror>>) {
+        if let Some(place) = self.mirrors.iter_mut().find(|place| place.is_none()) {
+            *place = Some(node);
+        }
     }
 }
 
@@ -148,7 +177,8 @@ pub(super) struct Leftover {
     /// Slots that became part of a neighbour; wholly gone.
     pub(super) merged: [Option<Box<Node<Slot>>>; 2],
     mirrors: [Option<Box<Node<Mirror>>>; 2],
-    spare: Spare,
+    /// Nodes that were not used.
+    pub(super) spare: Spare,
     /// The block of a slot that was cut in two: one slot more uses it.
     pub(super) cut: Option<u64>,
 }
@@ -199,12 +229,52 @@ impl Slots {
             spare,
             cut: None,
         };
+        if self.change_one(start, end, new, &mut left) {
+            return left;
+        }
         let mut above = self.carve(start, end, &mut left);
         if let Some(new) = new {
             self.put(new, &mut above, &mut left);
         }
         self.by_gpa.append(above);
         left
+    }
+
+    /// The changes that concern one slot only, which is most: a slot where there
+    /// is none, next to none that it continues, and the end of a whole slot.
+    /// Returns whether it was one.
+    fn change_one(&mut self, start: u64, end: u64, new: Option<Slot>, left: &mut Leftover) -> bool {
+        match (self.by_gpa.overlap(None, start, end).copied(), new) {
+            (None, None) => true,
+            (None, Some(new)) => {
+                let below = start.checked_sub(1).and_then(|last| self.find(last));
+                let joins = below.is_some_and(|below| below.continues_in(&new))
+                    || self.find(end).is_some_and(|above| new.continues_in(&above));
+                if !joins {
+                    self.put_alone(new, left);
+                }
+                !joins
+            }
+            (Some(old), None) if old.start == start && old.end == end => {
+                if let Some(node) = self.by_gpa.remove(old.key()) {
+                    left.removed.insert(node);
+                }
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn put_alone(&mut self, mut new: Slot, left: &mut Leftover) {
+        let [spare, _] = &mut left.spare.slots;
+        let [mirror, _] = &mut left.spare.mirrors;
+        if let (Some(mut node), Some(mut mirror)) = (spare.take(), mirror.take()) {
+            new.id = node.item.id;
+            node.item = new;
+            mirror.item = new.mirror();
+            self.by_gpa.insert(node);
+            self.by_hva.insert(mirror);
+        }
     }
 
     /// Empties `start..end`, leaving the slots below in place; returns those
@@ -303,7 +373,7 @@ mod tests {
     use alloc::vec::Vec;
 
     /// All entries of a tree, in order.
-    fn all<T: Span>(tree: &Tree<T>) -> Vec<T> {
+    fn all<T: Span + Copy>(tree: &Tree<T>) -> Vec<T> {
         let mut found = Vec::new();
         let mut after = None;
         while let Some(item) = tree.overlap(after, 0, u64::MAX) {
@@ -334,7 +404,8 @@ mod tests {
                 rom: random(3) == 0,
                 id: 0,
             });
-            let spare = Spare::new([2 * step, 2 * step + 1]).unwrap();
+            let mut spare = Spare::new();
+            spare.fill([2 * step, 2 * step + 1]).unwrap();
             let mut left = slots.change(start, end, new, spare);
             while let Some(node) = left.removed.pop_first() {
                 assert!(slots.forget(&node.item).is_some());

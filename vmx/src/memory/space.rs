@@ -1,22 +1,23 @@
-//! One VM's guest-physical memory: what it is made of, and how a guest's touch
-//! of a page becomes an EPT entry.
+//! One VM's guest-physical memory: what it is made of, and how processors are
+//! made to forget.
 
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::Error;
-use crate::arch::addr::{Gpa, Hva, PAGE_SHIFT, PAGE_SIZE, Pfn};
+use crate::arch::addr::{Gpa, PAGE_SHIFT};
 use crate::arch::ept::{EPTP_ACCESSED_DIRTY, EptVpidCaps};
 use crate::fallible::{Shared, TryPush};
-use crate::host::{CpuOffline, Host, HostFrame, UserFault, UserSpace};
+use crate::host::{CpuOffline, Host, Lending, UserSpace};
 use crate::sync::{Lock, LockClass};
 
 use super::block::Blocks;
-use super::ept::{ADDRESS_BITS, Counters, Ept, Graveyard, Install, Leaf, LeafSize, Reserve};
+use super::ept::{ADDRESS_BITS, Counters, Ept, LeafSize, Reserve};
 use super::invalidate::Invalidations;
+use super::pin::Pins;
 use super::presence::{Flush, Presence};
-use super::protect::{Protected, group};
-use super::slot::{Slot, Slots};
+use super::protect::Protected;
+use super::slot::{Slots, Spare};
 use super::watch::Watch;
 use super::{Access, FaultOutcome, Statistics};
 
@@ -30,6 +31,7 @@ pub(super) struct Core<H: Host> {
     pub(super) protected: Protected,
     pub(super) ept: Ept<H>,
     pub(super) invalidations: Invalidations,
+    pub(super) pins: Pins<H>,
 }
 
 /// What only those who change the map see, under the sleeping lock.
@@ -41,6 +43,8 @@ pub(super) struct Map {
     pub(super) highest: u64,
     /// Numbers for slots; never used twice.
     pub(super) next_id: u64,
+    /// Nodes for the next change.
+    pub(super) spare: Spare,
 }
 
 pub(super) struct Inner<H: Host> {
@@ -59,8 +63,8 @@ pub(super) struct Inner<H: Host> {
 
 /// One VM's guest-physical memory.
 pub struct AddressSpace<H: Host> {
-    /// Ends the host's reports; declared first, so dropped first.
-    _watch: Watch<H>,
+    /// Ends the host's reports, if there are any; declared first, so dropped first.
+    _watch: Option<Watch<H>>,
     pub(super) inner: Shared<Inner<H>>,
 }
 
@@ -80,6 +84,7 @@ impl<H: Host> AddressSpace<H> {
             protected: Protected::new(),
             ept,
             invalidations: Invalidations::new(),
+            pins: Pins::new(),
         };
         let map = Map {
             blocks: Blocks::new(),
@@ -87,6 +92,7 @@ impl<H: Host> AddressSpace<H> {
             protected_ranges: 0,
             highest: 0,
             next_id: 0,
+            spare: Spare::new(),
         };
         let mut lanes = Vec::new();
         for _ in 0..COPY_LANES {
@@ -104,8 +110,12 @@ impl<H: Host> AddressSpace<H> {
             limit: 1u64.wrapping_shl(bits),
             host: host.clone(),
         })?;
+        let watch = match inner.user.lending() {
+            Lending::Borrowed => Some(Watch::new(&inner)?),
+            Lending::Pinned => None,
+        };
         Ok(Self {
-            _watch: Watch::new(&inner)?,
+            _watch: watch,
             inner,
         })
     }
@@ -176,6 +186,7 @@ impl<H: Host> AddressSpace<H> {
                 .leaves
                 .each_ref()
                 .map(|count| count.load(Ordering::Relaxed)),
+            pinned: self.inner.core.lock().pins.pages(),
             flushes: self.inner.presence.generation(),
         }
     }
@@ -199,128 +210,12 @@ impl<H: Host> AddressSpace<H> {
     }
 }
 
-/// What the first look at a faulting address found.
-enum Look {
-    Known(FaultOutcome),
-    /// A page walk in ROM that the accessed-and-dirty flags turned into a write.
-    FlaggedWalk,
-    Fetch {
-        slot: Slot,
-        sequence: u64,
-        missing: u32,
-    },
-}
-
 impl<H: Host> Inner<H> {
-    fn fault(
-        &self,
-        gpa: Gpa,
-        access: Access,
-        reserve: &mut Reserve<H>,
-    ) -> Result<FaultOutcome, Error> {
-        let (slot, sequence, missing) = match self.look(gpa, access) {
-            Look::Known(outcome) => return Ok(outcome),
-            Look::FlaggedWalk => {
-                self.stop_flagging();
-                return Ok(FaultOutcome::Retry);
-            }
-            Look::Fetch {
-                slot,
-                sequence,
-                missing,
-            } => (slot, sequence, missing),
-        };
-        reserve.fill(&self.host, missing)?;
-        let hva = Hva(slot.hva_of(gpa.page_start().0));
-        let frame = match self.user.fault_in(hva, access.write) {
-            Ok(frame) => frame,
-            Err(UserFault::Interrupted) => return Ok(FaultOutcome::Interrupted),
-            Err(fault) => return Err(fault.into()),
-        };
-        if access.write && !frame.writable {
-            return Err(Error::Fault);
-        }
-        Ok(self.map(gpa, hva, &slot, sequence, frame, reserve))
-    }
-
-    fn look(&self, gpa: Gpa, access: Access) -> Look {
-        // The tables below would take the address modulo 2^48.
-        if gpa.0 >= self.limit {
-            return Look::Known(FaultOutcome::Mmio);
-        }
-        let core = self.core.lock();
-        let Some(slot) = core.slots.find(gpa.0) else {
-            return Look::Known(FaultOutcome::Mmio);
-        };
-        // Another processor may have been here first.
-        if core.ept.allows(gpa, access) {
-            return Look::Known(FaultOutcome::Mapped);
-        }
-        let here = group(gpa.0);
-        if let Some(first) = core.protected.first_in(here.start, here.end) {
-            return Look::Known(FaultOutcome::Protected { gpa: Gpa(first) });
-        }
-        if slot.rom && access.write {
-            let flagging = self.eptp.load(Ordering::Acquire) & EPTP_ACCESSED_DIRTY != 0;
-            return if access.walk && flagging {
-                Look::FlaggedWalk
-            } else {
-                Look::Known(FaultOutcome::RomWrite)
-            };
-        }
-        Look::Fetch {
-            slot,
-            sequence: core.invalidations.sequence(),
-            missing: core.ept.lookup(gpa).err().unwrap_or(0),
-        }
-    }
-
-    /// Writes the leaf, if nothing has changed since `look`.
-    fn map(
-        &self,
-        gpa: Gpa,
-        hva: Hva,
-        slot: &Slot,
-        sequence: u64,
-        frame: HostFrame,
-        reserve: &mut Reserve<H>,
-    ) -> FaultOutcome {
-        let mut grave = Graveyard::new();
-        let mut core = self.core.lock();
-        // Any change of slots or protection counts too, so what `look` saw of
-        // them still holds.
-        if core.invalidations.sequence() != sequence {
-            return FaultOutcome::Retry;
-        }
-        let Some(size) = leaf_size(&core, gpa, hva, slot, frame) else {
-            return FaultOutcome::Retry;
-        };
-        let pages = size.bytes().wrapping_shr(PAGE_SHIFT);
-        let leaf = Leaf {
-            size,
-            frame: Pfn(frame.frame.0 & pages.wrapping_neg()),
-            write: frame.writable && !slot.rom,
-        };
-        match core.ept.install(gpa, leaf, reserve, &self.counters) {
-            Install::Done => FaultOutcome::Mapped,
-            Install::Short => FaultOutcome::Retry,
-            Install::Conflict { start, end } => {
-                if core.ept.clear(start, end, &mut grave) {
-                    self.presence.advance();
-                }
-                drop(core);
-                self.finish_flush();
-                grave.bury(&self.counters);
-                FaultOutcome::Retry
-            }
-        }
-    }
-
     /// Turns the accessed and dirty flags for EPT off, for good. With them the
     /// processor's reads of the guest's page tables count as writes (SDM
     /// 29.3.3.2 "EPT Violations"), so that a guest whose page tables are in ROM
     /// could not run.
-    fn stop_flagging(&self) {
+    pub(super) fn stop_flagging(&self) {
         let core = self.core.lock();
         self.eptp.fetch_and(!EPTP_ACCESSED_DIRTY, Ordering::AcqRel);
         self.presence.advance();
@@ -348,37 +243,3 @@ impl<H: Host> Inner<H> {
         }
     }
 }
-
-/// The largest leaf for `gpa` that host, processor, slot and protection allow,
-/// with no part of it being invalidated right now; `None` if not even the page
-/// itself will do.
-fn leaf_size<H: Host>(
-    core: &Core<H>,
-    gpa: Gpa,
-    hva: Hva,
-    slot: &Slot,
-    frame: HostFrame,
-) -> Option<LeafSize> {
-    [LeafSize::Huge, LeafSize::Large, LeafSize::Small]
-        .into_iter()
-        .find(|size| {
-            let bytes = size.bytes();
-            let start = gpa.0 & bytes.wrapping_neg();
-            let end = start.wrapping_add(bytes);
-            let client = hva.0 & bytes.wrapping_neg();
-            let offset = hva.0.wrapping_sub(client);
-            let host_offset = frame.frame.address().0 & bytes.wrapping_sub(1);
-            core.ept.has(*size)
-                && frame.shift >= size.shift()
-                && gpa.page_start().0.wrapping_sub(start) == offset
-                && host_offset == offset
-                && slot.start <= start
-                && end <= slot.end
-                && core.protected.first_in(start, end).is_none()
-                && !core
-                    .invalidations
-                    .running_in(client, client.wrapping_add(bytes))
-        })
-}
-
-const _: () = assert!(LeafSize::Small.bytes() == PAGE_SIZE);

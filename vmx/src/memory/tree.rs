@@ -17,7 +17,7 @@ use crate::fallible::{NoMemory, try_box};
 pub(super) type Key = (u64, u64);
 
 /// An entry of a tree: a range of addresses.
-pub(super) trait Span: Copy {
+pub(super) trait Span {
     /// Start of the range, and the tie-breaker; unique within a tree.
     fn key(&self) -> Key;
     /// First address past the range; above the start.
@@ -205,6 +205,44 @@ fn split_first<T: Span>(mut node: Box<Node<T>>) -> (Box<Node<T>>, Link<T>) {
     }
 }
 
+/// The tree with `node` in it. What comes back from below differs by one in
+/// height, so each `join` is one step.
+fn insert<T: Span>(link: Link<T>, node: Box<Node<T>>) -> Box<Node<T>> {
+    let Some(mut here) = link else {
+        return node.with(None, None);
+    };
+    let (left, right) = (here.left.take(), here.right.take());
+    if node.item.key() < here.item.key() {
+        join(Some(insert(left, node)), here, right)
+    } else {
+        join(left, here, Some(insert(right, node)))
+    }
+}
+
+/// The tree without the entry of this key, and that entry.
+fn remove<T: Span>(link: Link<T>, key: Key) -> (Link<T>, Link<T>) {
+    let Some(mut here) = link else {
+        return (None, None);
+    };
+    let (left, right) = (here.left.take(), here.right.take());
+    if key < here.item.key() {
+        let (left, found) = remove(left, key);
+        return (Some(join(left, here, right)), found);
+    }
+    if here.item.key() < key {
+        let (right, found) = remove(right, key);
+        return (Some(join(left, here, right)), found);
+    }
+    let rest = match (left, right) {
+        (None, other) | (other, None) => other,
+        (Some(left), right) => {
+            let (rest, last) = split_last(left);
+            Some(join(rest, last, right))
+        }
+    };
+    (rest, Some(here))
+}
+
 /// An ordered set of ranges.
 pub(super) struct Tree<T> {
     root: Link<T>,
@@ -218,19 +256,18 @@ impl<T: Span> Tree<T> {
 
     /// Puts a node in.
     pub(super) fn insert(&mut self, node: Box<Node<T>>) {
-        let (below, rest) = split(self.root.take(), node.item.key());
-        self.root = Some(join(below, node, rest));
+        self.root = Some(insert(self.root.take(), node));
     }
 
     /// Takes the entry with this key out.
     pub(super) fn remove(&mut self, key: Key) -> Link<T> {
-        let (start, tie) = key;
-        let rest = self.split_off(key);
-        let mut found = rest;
-        let above = found.split_off((start, tie.saturating_add(1)));
-        let node = found.root.take();
-        self.append(above);
-        node
+        let (rest, mut found) = remove(self.root.take(), key);
+        self.root = rest;
+        // Its links are gone; what they led to counts no longer.
+        if let Some(node) = &mut found {
+            node.refresh();
+        }
+        found
     }
 
     /// Takes the entries from `key` up out.
@@ -317,8 +354,11 @@ impl<T: Span> Tree<T> {
     }
 
     #[cfg(test)]
-    fn check(&self) -> usize {
-        fn check<T: Span>(link: &Link<T>) -> usize {
+    fn check(&self) -> usize
+    where
+        T: Copy,
+    {
+        fn check<T: Span + Copy>(link: &Link<T>) -> usize {
             let Some(node) = link else { return 0 };
             let count = check(&node.left) + check(&node.right) + 1;
             assert!(height(&node.left).abs_diff(height(&node.right)) <= 1);

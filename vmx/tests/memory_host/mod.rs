@@ -6,6 +6,7 @@
 #![allow(dead_code, reason = "not every test file uses every part")]
 
 mod cpu;
+mod pins;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::{Cell, RefCell};
@@ -17,11 +18,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use haxm_vmx::arch::addr::{Hpa, Hva, Pfn};
 use haxm_vmx::fallible::NoMemory;
 use haxm_vmx::host::{
-    CpuOffline, Host, HostFrame, HostPage, Invalidate, SharedPage, UserFault, UserSpace,
+    CpuOffline, Host, HostFrame, HostPage, Invalidate, Lending, PresentPage, SharedPage, UserFault,
+    UserSpace,
 };
 use haxm_vmx::sync::{LockClass, RawLock};
 
 use cpu::NoCpu;
+use pins::FakePins;
 
 pub(crate) const PAGE: u64 = 4096;
 
@@ -177,6 +180,9 @@ unsafe impl Send for Listener {}
 // SAFETY: the target is Sync.
 unsafe impl Sync for Listener {}
 
+/// What is done when a frame is pinned (true), or no longer is.
+pub(crate) type Pinning = Box<dyn Fn(u64, bool) + Send + Sync>;
+
 /// What happens in the middle of a `fault_in`.
 pub(crate) type Interlude = Box<dyn FnOnce(&FakeHost) + Send>;
 
@@ -190,9 +196,18 @@ pub(crate) struct State {
     pub(crate) contents: Mutex<BTreeMap<u64, Vec<u8>>>,
     listener: RwLock<Option<Listener>>,
     pub(crate) processors: Vec<Processor>,
-    /// Called once in the middle of the next `fault_in`, when its answer is
-    /// already known.
+    /// Called once in the middle of the next `fault_in`, or `present` that finds
+    /// its page, when the answer is already known.
     pub(crate) interlude: Mutex<Option<Interlude>>,
+    /// The memory is pinned, not borrowed.
+    pins: bool,
+    /// What pages were when they were pinned, and how often they are.
+    pinned: Mutex<BTreeMap<u64, (Backing, u64)>>,
+    pub(crate) pinning: Mutex<Option<Pinning>>,
+    /// Pages that `present` finds; the others have to be brought in.
+    pub(crate) resident: Mutex<BTreeSet<u64>>,
+    /// What each `fault_in` asked for: the first page and how many.
+    pub(crate) asked: Mutex<Vec<(u64, u64)>>,
     /// Called once at the start of the next copy.
     pub(crate) copying: Mutex<Option<Interlude>>,
     /// Times each `fault_in` yields at that point.
@@ -205,13 +220,27 @@ pub(crate) struct FakeHost(pub(crate) Arc<State>);
 
 impl FakeHost {
     pub(crate) fn new(cpus: usize) -> Self {
+        Self::lending(cpus, false)
+    }
+
+    /// A host that cannot report changes.
+    pub(crate) fn pinning(cpus: usize) -> Self {
+        Self::lending(cpus, true)
+    }
+
+    pub(crate) fn lending(cpus: usize, pins: bool) -> Self {
         Self(Arc::new(State {
+            pins,
+            pinned: Mutex::default(),
+            pinning: Mutex::default(),
             pages: Mutex::default(),
             process: Mutex::default(),
             contents: Mutex::default(),
             listener: RwLock::new(None),
             processors: (0..cpus).map(|_| Processor::default()).collect(),
             interlude: Mutex::default(),
+            resident: Mutex::default(),
+            asked: Mutex::default(),
             copying: Mutex::default(),
             pause: AtomicU64::new(0),
         }))
@@ -231,6 +260,35 @@ impl FakeHost {
         locked(&self.0.process).get(&page).copied()
     }
 
+    fn tell(&self, frame: u64, pinned: bool) {
+        if let Some(pinning) = &*locked(&self.0.pinning) {
+            pinning(frame, pinned);
+        }
+    }
+
+    /// Client pages that are pinned.
+    pub(crate) fn pinned(&self) -> Vec<u64> {
+        locked(&self.0.pinned).keys().copied().collect()
+    }
+
+    /// What a guest is to find at a client page: what was pinned, or what is there.
+    pub(crate) fn lent(&self, page: u64) -> Option<Backing> {
+        let pinned = locked(&self.0.pinned)
+            .get(&page)
+            .map(|(backing, _)| *backing);
+        pinned.or_else(|| self.backing(page))
+    }
+
+    /// What a processor may use for a client page now.
+    pub(crate) fn usable(&self, page: u64) -> Option<Backing> {
+        if self.0.pins {
+            return locked(&self.0.pinned)
+                .get(&page)
+                .map(|(backing, _)| *backing);
+        }
+        self.backing(page)
+    }
+
     /// Changes the client's pages `first..last` as an operating system does:
     /// report, change, report.
     pub(crate) fn change(
@@ -239,9 +297,15 @@ impl FakeHost {
         last: u64,
         change: impl FnOnce(&mut BTreeMap<u64, Backing>),
     ) {
+        if self.0.pins {
+            // Nobody hears of it, and pinned pages stay what they are.
+            change(&mut locked(&self.0.process));
+            return;
+        }
         let (start, end) = (Hva(first * PAGE), Hva(last * PAGE));
         self.report(|listener| listener.begin(start, end));
         change(&mut locked(&self.0.process));
+        locked(&self.0.resident).retain(|page| !(first..last).contains(page));
         self.report(|listener| listener.end(start, end));
     }
 
@@ -477,11 +541,55 @@ impl FakeProcess {
 // SAFETY: the only changes of what `fault_in` said are made by
 // `FakeHost::change`, which reports them.
 unsafe impl UserSpace for FakeProcess {
+    type Pins = FakePins;
+
+    fn lending(&self) -> Lending {
+        if self.0.0.pins {
+            Lending::Pinned
+        } else {
+            Lending::Borrowed
+        }
+    }
+
+    fn pin(&self, start: Hva, pages: usize) -> Result<FakePins, UserFault> {
+        assert!(self.0.0.pins && start.0 % PAGE == 0 && (1..=512).contains(&pages));
+        if fails() {
+            return Err(UserFault::NoMemory);
+        }
+        undisturbed(|| {
+            let first = start.0 / PAGE;
+            let found: Option<Vec<_>> = (first..first + pages as u64)
+                .map(|page| self.0.lent(page))
+                .collect();
+            let backings = found.ok_or(UserFault::BadAddress)?;
+            for (page, backing) in (first..).zip(&backings) {
+                let mut pinned = locked(&self.0.0.pinned);
+                let (_, count) = pinned.entry(page).or_insert((*backing, 0));
+                *count += 1;
+                if *count == 1 {
+                    self.0.tell(backing.frame, true);
+                }
+            }
+            let interlude = locked(&self.0.0.interlude).take();
+            if let Some(interlude) = interlude {
+                interlude(&self.0);
+            }
+            for _ in 0..self.0.0.pause.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+            }
+            Ok(FakePins {
+                host: self.0.clone(),
+                first,
+                backings,
+            })
+        })
+    }
+
     fn is_current(&self) -> bool {
         true
     }
 
-    fn fault_in(&self, address: Hva, write: bool) -> Result<HostFrame, UserFault> {
+    fn fault_in(&self, address: Hva, write: bool, ahead: u32) -> Result<HostFrame, UserFault> {
         if fails() {
             return Err(UserFault::NoMemory);
         }
@@ -499,12 +607,48 @@ unsafe impl UserSpace for FakeProcess {
             if write && !backing.writable {
                 return Err(UserFault::BadAddress);
             }
+            let first = address.0 / PAGE;
+            locked(&self.0.0.asked).push((first, 1 + u64::from(ahead)));
+            let small = |page: &u64| self.0.backing(*page).is_some_and(|b| b.shift == 12);
+            let brought_in = (first..=first + u64::from(ahead)).take_while(small);
+            locked(&self.0.0.resident).extend(brought_in);
             Ok(HostFrame {
                 frame: Pfn(backing.frame),
                 writable: backing.writable,
                 shift: backing.shift,
             })
         })
+    }
+
+    fn present(&self, first: Hva, wanted: usize, pages: &mut [PresentPage]) {
+        undisturbed(|| {
+            assert_eq!(first.0 % PAGE, 0);
+            assert!(wanted < pages.len());
+            let touched = first.0 / PAGE + wanted as u64;
+            let at = |page: &u64| {
+                let resident = locked(&self.0.0.resident).contains(page);
+                let backing = self
+                    .0
+                    .backing(*page)
+                    .filter(|b| resident && b.shift == 12)?;
+                Some(PresentPage::new(Pfn(backing.frame), backing.writable))
+            };
+            if at(&touched).is_none() {
+                return;
+            }
+            for (page, found) in (first.0 / PAGE..).zip(pages) {
+                if page / 512 == touched / 512 {
+                    *found = at(&page).unwrap_or_default();
+                }
+            }
+            let interlude = locked(&self.0.0.interlude).take();
+            if let Some(interlude) = interlude {
+                interlude(&self.0);
+            }
+            for _ in 0..self.0.0.pause.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+            }
+        });
     }
 
     fn read(&self, address: Hva, bytes: &mut [u8]) -> Result<(), UserFault> {
@@ -539,6 +683,7 @@ unsafe impl UserSpace for FakeProcess {
     }
 
     unsafe fn watch(&self, listener: NonNull<dyn Invalidate>) -> Result<(), NoMemory> {
+        assert!(!self.0.0.pins);
         if fails() {
             return Err(NoMemory);
         }

@@ -129,15 +129,29 @@ const GUEST: &[Row] = &[
 ];
 
 const MEMORY: &[Row] = &[
-    row("touch_first", "first touch of a 4 KB page")
-        .ratio(0.5)
-        .haxm(3989)
-        .drawn()
-        .held(),
+    row(
+        "host_fault",
+        "the kernel's own page fault in a process, mean of 1024",
+    )
+    .mean(),
+    row(
+        "touch_first",
+        "first touch of a 4 KB page, mean of 1024 in a row",
+    )
+    .mean()
+    .ratio(0.5)
+    .haxm(3989)
+    .drawn()
+    .held(),
+    row("touch_scattered", "the same in no order")
+        .mean()
+        .drawn(),
     row(
         "touch_host_4k",
-        "touch of a 4 KB page the host has, 4 KB backing",
+        "touch of a 4 KB page the host has, 4 KB backing, mean of 1024",
     )
+    .mean()
+    .ratio(0.5)
     .haxm(468)
     .drawn()
     .held(),
@@ -153,6 +167,20 @@ const MEMORY: &[Row] = &[
     row("slots_1", "one slot mapped and unmapped, 1 other").drawn(),
     row("slots_100", "the same, 100 others"),
     row("slots_10000", "the same, 10,000 others"),
+    row("slots_100000", "the same, 100,000 others"),
+    // 0.3 % and 0.01 %.
+    row(
+        "held_4k",
+        "bytes of module memory for 1 GB of RAM in 4 KB leaves",
+    )
+    .most((1 << 30) / 1000 * 3),
+    row("held_4k_host", "the same by what the kernel has less"),
+    row(
+        "held_2m",
+        "bytes of module memory for 1 GB of RAM in 2 MB leaves",
+    )
+    .most((1 << 30) / 10_000),
+    row("held_2m_host", "the same by what the kernel has less"),
 ];
 
 const GROWTH: &[Row] = &[

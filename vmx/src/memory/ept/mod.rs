@@ -17,9 +17,10 @@ use crate::arch::ept::{
     ADDRESS_MASK, EPTP_ACCESSED_DIRTY, EPTP_WALK_4, EPTP_WB, EptEntry, EptVpidCaps, LEAF_WB,
 };
 use crate::fallible::NoMemory;
-use crate::host::Host;
+use crate::host::{Host, PresentPage};
 
 use super::Access;
+use super::around::Streams;
 use table::{ENTRIES, Table};
 
 /// The level of the root table; a leaf's level is 1, 2 or 3.
@@ -101,9 +102,10 @@ pub(super) enum Install {
     Short,
 }
 
-/// Tables made before the lock is taken: the most that one leaf can need.
-/// A vCPU keeps one for its faults.
+/// What a vCPU keeps for its faults: tables made before the lock is taken, the
+/// most that one leaf can need, and the runs of its touches.
 pub struct Reserve<H: Host> {
+    pub(super) streams: Streams,
     interior: [Option<Box<Table<H>>>; 2],
     bottom: Option<Box<Table<H>>>,
 }
@@ -113,6 +115,7 @@ impl<H: Host> Reserve<H> {
     #[must_use]
     pub const fn new() -> Self {
         Self {
+            streams: Streams::new(),
             interior: [None, None],
             bottom: None,
         }
@@ -344,6 +347,48 @@ impl<H: Host> Ept<H> {
             level = level.wrapping_sub(1);
         }
         write_leaf(table, gpa, leaf, counters)
+    }
+
+    /// Writes a leaf of 4 KB for each of `pages` that is there and has none yet.
+    /// They follow each other from `first`, in the range of one table, which is
+    /// there; `write` is whether any may be written.
+    pub(super) fn fill(
+        &mut self,
+        first: Gpa,
+        pages: &[PresentPage],
+        write: bool,
+        counters: &Counters,
+    ) {
+        let Some(table) = self.bottom(first) else {
+            return;
+        };
+        let mut written = 0u16;
+        for (index, page) in (index_of(first.0, 1)..ENTRIES).zip(pages) {
+            let Some(frame) = page.frame() else {
+                continue;
+            };
+            if table.get(index) != 0 {
+                continue;
+            }
+            let leaf = Leaf {
+                size: LeafSize::Small,
+                frame,
+                write: write && page.is_writable(),
+            };
+            table.set(index, leaf.bits());
+            written = written.wrapping_add(1);
+        }
+        table.live = table.live.wrapping_add(written);
+        counters.add(1, written.into());
+    }
+
+    /// The table that has the 4 KB leaf of `gpa`, if it is there.
+    fn bottom(&mut self, gpa: Gpa) -> Option<&mut Table<H>> {
+        let mut table = &mut self.root;
+        for level in (2..=ROOT_LEVEL).rev() {
+            table = table.children.get_mut(index_of(gpa.0, level))?.as_mut()?;
+        }
+        Some(table)
     }
 
     /// Clears every translation of an address in `start..end`; a leaf that
