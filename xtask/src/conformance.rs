@@ -17,6 +17,7 @@ Loads haxm.ko on the emulated PC and runs the cases whose name contains FILTER t
   --cpus N            processors (1)
   --kernel 6.1|6.12|7   Debian's kernel (6.1)
   --huge-page         a larger PC that has a page of 1 GB to give
+  --pin               with the module's parameter pin=1
   --verbose           name each case before it runs";
 
 /// The client runs on the emulated PC whatever the host is.
@@ -88,6 +89,11 @@ exit $code
     )
 }
 
+/// The same with guest RAM pinned instead of borrowed.
+pub(crate) fn pinned_script(filter: &str, verbose: bool) -> String {
+    script(filter, verbose).replacen("insmod /haxm.ko", "insmod /haxm.ko pin=1", 1)
+}
+
 /// The PC with the files of [`script`].
 pub(crate) fn pc(module: &Path, client: &Path, script: &str) -> Pc {
     Pc::new()
@@ -116,6 +122,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     let mut filter = String::new();
     let mut verbose = false;
     let mut huge_page = false;
+    let mut pin = false;
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         let mut value = || {
@@ -131,6 +138,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
             "--kernel" => series.clone_from(value()?),
             "--verbose" => verbose = true,
             "--huge-page" => huge_page = true,
+            "--pin" => pin = true,
             // The filter becomes part of a shell script.
             word if is_filter(word) && filter.is_empty() => word.clone_into(&mut filter),
             _ => bail!("cannot make sense of '{arg}'\n{HELP}"),
@@ -140,6 +148,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     let client = build()?;
     let stripped = stripped(&built)?;
     let machine = if huge_page { huge_page_pc } else { pc };
+    let script = if pin { pinned_script } else { script };
     let outcome = machine(&stripped, &client, &script(&filter, verbose))
         .cpus(cpus)
         .kernel(Flavour::from_series(&series)?)

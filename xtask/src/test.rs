@@ -37,6 +37,10 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     };
     stages.push(("lint".into(), Box::new(move || lint_stage(&lint_args))));
     stages.push(("host tests".into(), Box::new(host_tests)));
+    stages.push((
+        "host tests, guest RAM pinned".into(),
+        Box::new(pinned_host_tests),
+    ));
     if !host_only {
         parts = setup::everything(Flavour::Cloud6_1)?;
         newer = setup::everything(Flavour::Cloud6_12)?;
@@ -96,6 +100,20 @@ fn host_tests() -> Result<()> {
     Ok(())
 }
 
+/// The simulator's tests once more, on a host that pins guest RAM.
+fn pinned_host_tests() -> Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .current_dir(workspace_root())
+        .args(["test", "--locked", "--package", "haxm-sim"])
+        .args(["--package", "haxm-driver"])
+        .env("SIM_PIN", "1")
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(status.success(), "see the failures above");
+    Ok(())
+}
+
 /// The stages on the emulated PC.
 fn emulated<'a>(parts: &'a setup::Parts, newer: &'a setup::Parts, stages: &mut Vec<Stage<'a>>) {
     for cpus in [1, 2] {
@@ -104,6 +122,16 @@ fn emulated<'a>(parts: &'a setup::Parts, newer: &'a setup::Parts, stages: &mut V
             Box::new(move || conform(parts, cpus, Flavour::Cloud6_1)),
         ));
     }
+    stages.push((
+        "conformance, 2 CPU(s), kernel 6.1, guest RAM pinned".into(),
+        Box::new(move || {
+            let script = conformance::pinned_script("", false);
+            let outcome = conformance::pc(&parts.module, &parts.conformance, &script)
+                .cpus(2)
+                .run(&mut std::io::stdout())?;
+            verdict(&outcome, outcome.success())
+        }),
+    ));
     stages.push((
         "conformance, 1 CPU, kernel 6.12".into(),
         Box::new(move || conform(newer, 1, Flavour::Cloud6_12)),

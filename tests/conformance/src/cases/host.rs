@@ -114,6 +114,7 @@ fn a_child_changes_its_copy(mode: Mode) -> Outcome {
 }
 
 fn discarded_pages_are_zero(mode: Mode) -> Outcome {
+    borrowed_only!();
     let machine = Machine::new(mode, counting())?;
     count(&machine, 1, "at first")?;
     count(&machine, 2, "again")?;
@@ -123,6 +124,7 @@ fn discarded_pages_are_zero(mode: Mode) -> Outcome {
 
 /// Another page takes the place of the guest's.
 fn moved_pages_are_followed(mode: Mode) -> Outcome {
+    borrowed_only!();
     let machine = Machine::new(mode, counting())?;
     count(&machine, 1, "at first")?;
     for value in [100, 200] {
@@ -178,6 +180,7 @@ impl Drop for Setting {
 /// The guest fills two megabytes that the host may map as one page; then the host takes one small page out of
 /// the middle. The guest sees that one empty and all others as they were.
 fn huge_pages_are_split() -> Outcome {
+    borrowed_only!();
     const START: u64 = 0x40_0000;
     const HUGE: u64 = 0x20_0000;
     const GONE: u64 = 0x12_3000;

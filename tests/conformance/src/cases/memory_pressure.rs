@@ -241,6 +241,7 @@ fn large_leaves() -> Outcome {
 
 /// A page of 1 GB, where the host has one to give.
 fn huge_leaf() -> Outcome {
+    borrowed_only!();
     let pages = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages");
     if !matches!(pages.as_deref().map(str::trim), Ok(count) if count != "0") {
         println!("  no page of 1 GB: huge_leaf has nothing to show");
@@ -286,6 +287,7 @@ fn huge_leaf() -> Outcome {
 
 /// One page given back in the middle of large ones, and the hole closed again.
 fn large_page_split_and_collapsed() -> Outcome {
+    borrowed_only!();
     const MADV_COLLAPSE: i32 = 25;
     let _setting = large_pages()?;
     let host = Host::buffer()?;
@@ -319,6 +321,7 @@ fn large_page_split_and_collapsed() -> Outcome {
 
 /// The whole buffer goes to a swap device, though the guest has it mapped.
 fn swapped_out() -> Outcome {
+    borrowed_only!();
     let _swap = Swap::on("/dev/ram0")?;
     let host = Host::buffer()?;
     host.both_sides(6, || {
@@ -361,6 +364,7 @@ fn disturbed(
 
 /// The same in pieces while the guest runs.
 fn swapped_out_while_it_runs() -> Outcome {
+    borrowed_only!();
     let _swap = Swap::on("/dev/ram0")?;
     let host = Host::buffer()?;
     let piece = std::sync::atomic::AtomicU64::new(0);
@@ -378,6 +382,7 @@ fn swapped_out_while_it_runs() -> Outcome {
 
 /// Pages of the same content become one, and the guest's writes part them again.
 fn merged() -> Outcome {
+    borrowed_only!();
     const KSM: &str = "/sys/kernel/mm/ksm/run";
     let _scan = Setting::new("/sys/kernel/mm/ksm/pages_to_scan", "4096")?;
     let _sleep = Setting::new("/sys/kernel/mm/ksm/sleep_millisecs", "0")?;
@@ -424,6 +429,7 @@ fn merged() -> Outcome {
 
 /// The kernel moves pages to other frames while the guest runs.
 fn compacted() -> Outcome {
+    borrowed_only!();
     let host = Host::buffer()?;
     // Holes between the pages: only pages in 2 MB that are free in part are moved, and only to such.
     let filler = Region::new(4 * BUFFER)?;

@@ -25,6 +25,16 @@ macro_rules! case {
     };
 }
 
+/// Ends a case that shows what a host may do with memory that it lends, where the driver pins guest RAM instead.
+macro_rules! borrowed_only {
+    () => {
+        if $crate::cases::is_pinned() {
+            println!("  guest RAM is pinned: line {} of {}", line!(), file!());
+            return Ok(());
+        }
+    };
+}
+
 mod control;
 mod cpuid;
 mod debug;
@@ -202,4 +212,10 @@ fn enter_user(mode: Mode, state: &mut VcpuState) {
         data.selector = selector::USER_DATA;
         data.ar |= RING_3;
     }
+}
+
+/// Whether the driver pins guest RAM: its parameter.
+fn is_pinned() -> bool {
+    let text = std::fs::read_to_string("/sys/module/haxm/parameters/pin");
+    text.is_ok_and(|text| text.starts_with('Y'))
 }
