@@ -5,7 +5,7 @@ use super::access::{Intent, Place};
 use super::flags::{self, STATUS, ZF, condition, extend, mask, when};
 use super::{Outcome, Run};
 use crate::emulate::Step;
-use crate::emulate::insn::{Op, Operand};
+use crate::emulate::insn::{Mem, Op, Operand};
 use crate::emulate::machine::{Exception, Gpr, Machine};
 
 impl<M: Machine> Run<'_, M> {
@@ -155,11 +155,12 @@ impl<M: Machine> Run<'_, M> {
         let Operand::Mem(mem) = self.operand(1) else {
             return Err(Step::Unsupported);
         };
-        let span = self.memory(&mem, 0, Intent::Read)?;
-        let bounds = self.load(&span)? as u64;
-        let bits = u32::from(size).wrapping_mul(8);
-        let lower = extend(bounds, size) as i64;
-        let upper = extend(bounds.wrapping_shr(bits), size) as i64;
+        // Two accesses, which fault one by one.
+        let mem = Mem { size, ..mem };
+        let first = self.memory(&mem, 0, Intent::Read)?;
+        let second = self.memory(&mem, size.into(), Intent::Read)?;
+        let lower = extend(self.load(&first)? as u64, size) as i64;
+        let upper = extend(self.load(&second)? as u64, size) as i64;
         if index < lower || index > upper {
             return Self::fault(Exception::BOUND);
         }

@@ -259,8 +259,8 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// Calls `each` for every run of bytes in `bits`, resolved: where it starts, how
-    /// many bytes it has. A run counts on from the operand's offset, which the
-    /// address size does not cut again.
+    /// many bytes it has. A run counts on from the operand's offset; an address
+    /// size of two bytes does not cut it again.
     #[inline(never)]
     fn runs(
         &mut self,
@@ -275,7 +275,10 @@ impl<M: Machine> Run<'_, M> {
             let start = rest.trailing_zeros();
             let size = (!rest.wrapping_shr(start)).trailing_zeros();
             let size = size.min(64u32.wrapping_sub(start));
-            let at = offset.wrapping_add(start.into());
+            let mut at = offset.wrapping_add(start.into());
+            if !self.long() {
+                at &= 0xffff_ffff;
+            }
             let span = self.segmented(mem.seg, at, size as u8, intent)?;
             let end = start.wrapping_add(size) as usize;
             each(self, start as usize..end, &span)?;
