@@ -348,6 +348,29 @@ fn far_returns_stay_at_the_privilege_level() {
     assert_eq!(run(&mut fake, Mode::Bits64, &[0x48, 0xcb]), Step::Done);
     assert_eq!(fake.rip, 0x1_2345_6789);
     assert_eq!(fake.gpr[Gpr::Rsp.number()], STACK + 16);
+    // iretq in 64-bit code: five elements, the stack among them.
+    let mut fake = machine(Mode::Bits64);
+    for (at, value) in (0u64..).zip([0x2345u64, 0x48, 0x8d7, 0x1_2345_6789, 0x10]) {
+        fake.poke(STACK + at * 8, &value.to_le_bytes());
+    }
+    assert_eq!(run(&mut fake, Mode::Bits64, &[0x48, 0xcf]), Step::Done);
+    assert_eq!((fake.rip, fake.rflags), (0x2345, 0x8d7));
+    assert_eq!(fake.gpr[Gpr::Rsp.number()], 0x1_2345_6789);
+    assert_eq!(fake.segment_of(Seg::Ss).selector, 0x10);
+    assert_eq!(fake.segment_of(Seg::Cs).access, 0xa09b);
+    // An SS that may not be loaded; a nested task.
+    let mut fake = machine(Mode::Bits64);
+    for (at, value) in (0u64..).zip([0x2345u64, 0x48, 0x8d7, 0x6000, 0x50]) {
+        fake.poke(STACK + at * 8, &value.to_le_bytes());
+    }
+    assert_eq!(run(&mut fake, Mode::Bits64, &[0x48, 0xcf]), fault(13, 0x50));
+    assert_eq!((fake.rip, fake.gpr[Gpr::Rsp.number()]), (0x1000, STACK));
+    fake.rflags |= 1 << 14;
+    assert_eq!(run(&mut fake, Mode::Bits64, &[0x48, 0xcf]), GP);
+    let mut fake = machine(Mode::Bits64);
+    fake.poke(STACK, &0x1_2345_6789u64.to_le_bytes());
+    fake.poke(STACK + 8, &0x48u64.to_le_bytes());
+    assert_eq!(run(&mut fake, Mode::Bits64, &[0x48, 0xcb]), Step::Done);
     // Not canonical.
     fake.poke(STACK + 16, &0x8000_0000_0000u64.to_le_bytes());
     fake.poke(STACK + 24, &0x48u64.to_le_bytes());

@@ -103,6 +103,10 @@ fuzz_target!(|bytes: &[u8]| {
         _ => panic!("{wanted:?}"),
     }
     let (step, _) = mmio.run(&insn);
+    if step == Step::Unsupported && insn.op == Op::Enter {
+        // More accesses to a device than one instruction is granted.
+        return;
+    }
     assert_eq!(step, wanted);
     assert_eq!(mmio.gpr, ram.gpr);
     assert_eq!((mmio.rip, mmio.rflags), (ram.rip, ram.rflags));

@@ -146,6 +146,43 @@ impl DebugRegisters {
         }
     }
 
+    /// Some breakpoint is enabled, the guest's or the client's.
+    pub fn is_watching(&self) -> bool {
+        self.dr7() & ENABLES != 0
+    }
+
+    /// The data breakpoints, as bits B0 to B3 of DR6, that an access to `length`
+    /// bytes at `linear` meets: SDM 18.2.5 "Breakpoint Field Recognition".
+    pub fn matches(&self, linear: u64, length: u8, write: bool) -> u8 {
+        let dr7 = self.dr7();
+        let addresses = if self.is_enabled() {
+            self.client
+        } else {
+            self.guest
+        };
+        let mut found = 0;
+        for (number, address) in (0u32..).zip(addresses) {
+            let enabled = dr7.wrapping_shr(number.wrapping_mul(2)) & 3 != 0;
+            let field = dr7.wrapping_shr(number.wrapping_mul(4).wrapping_add(16));
+            // R/W: 1 is writes, 3 reads too; LEN: 1, 2, 8 or 4 bytes.
+            let kind = field & 3;
+            let size = match field >> 2 & 3 {
+                0 => 1u64,
+                1 => 2,
+                2 => 8,
+                _ => 4,
+            };
+            let start = address & !size.wrapping_sub(1);
+            let apart = linear.wrapping_sub(start);
+            let behind = start.wrapping_sub(linear);
+            let meets = apart < size || behind < u64::from(length);
+            if enabled && meets && (kind == 3 || kind == 1 && write) {
+                found |= 1 << number;
+            }
+        }
+        found
+    }
+
     /// Adds the conditions of a #DB to the guest's DR6: SDM 28.2.1, table 28-1
     /// "Exit Qualification for Debug Exceptions".
     pub fn record(&mut self, qualification: u64) {

@@ -6,6 +6,7 @@ use alloc::boxed::Box;
 use core::cell::Cell;
 use zerocopy::IntoBytes;
 
+use super::debug::DebugRegisters;
 use super::extended::Extended;
 use super::handle::{self, Next, Work};
 use super::plain::Moves;
@@ -174,6 +175,9 @@ struct Virtual<'a, H: Host> {
     /// How many instructions were not emulated.
     unsupported: &'a mut u32,
     reload: Reload,
+    debug: &'a DebugRegisters,
+    /// Data breakpoints met, as bits of DR6.
+    hits: u8,
     blocked: Cell<Option<Blocked>>,
 }
 
@@ -474,8 +478,14 @@ impl<H: Host> Machine for Virtual<'_, H> {
         self.vcpu.channel.write_buffer(offset, from);
     }
 
+    fn note_access(&mut self, linear: u64, len: u8, write: bool) {
+        if self.debug.is_watching() {
+            self.hits |= self.debug.matches(linear, len, write);
+        }
+    }
+
     fn should_pause(&self) -> bool {
-        self.vcpu.guest().host().event_pending()
+        self.hits != 0 || self.vcpu.guest().host().event_pending()
     }
 }
 
@@ -503,12 +513,15 @@ impl<H: Host> Vcpu<H> {
             split_lock: &mut emulation.split_lock,
             unsupported: &mut emulation.unsupported,
             reload: Reload::default(),
+            debug: &inner.debug,
+            hits: 0,
             blocked: Cell::new(None),
         };
         let insn = match known {
             Some(insn) => Ok(insn),
             None => machine.decode(&mut emulation.cache),
         };
+        let mut repeats = false;
         let step = match insn {
             Ok(decoded) => {
                 emulation.insn = Some(decoded);
@@ -516,7 +529,10 @@ impl<H: Host> Vcpu<H> {
                     Some(insn) if insn.uses_tables() && snapshot.tables.is_none() => {
                         return self.with_tables(inner);
                     }
-                    Some(insn) => emulate::execute(insn, &mut machine, &mut emulation.log),
+                    Some(insn) => {
+                        repeats = insn.op.is_string();
+                        emulate::execute(insn, &mut machine, &mut emulation.log)
+                    }
                     None => Step::Unsupported,
                 }
             }
@@ -527,10 +543,14 @@ impl<H: Host> Vcpu<H> {
             machine.tell_unsupported();
         }
         let blocked = machine.blocked.get();
+        let hits = machine.hits;
         let reload = core::mem::take(&mut machine.reload);
         let next = self.act(inner, step, blocked);
         if step == Step::Done && reload.is_needed() {
             self.with_vmcs(inner, |current, inner| reload.apply(inner, current))?;
+        }
+        if hits != 0 && (step == Step::Done || step == Step::Again && repeats) {
+            self.with_vmcs(inner, |current, _| reload::pend_breakpoints(current, hits))?;
         }
         Ok(next)
     }

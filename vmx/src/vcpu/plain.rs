@@ -21,6 +21,7 @@
 //!   It is found by comparing it with the one the instruction names, which also
 //!   proves that the bytes fetched are those that were executed;
 //! - an event was being delivered: the caller has looked;
+//! - a breakpoint register is enabled;
 //! - the instruction's bytes cannot be had at once: end of a page, page fault,
 //!   a protected page. The long way reports it.
 
@@ -303,7 +304,8 @@ impl<H: Host> Vcpu<H> {
         let last = u64::from(plain.size()).wrapping_sub(1);
         let offset = touch.linear & PAGE_SIZE.wrapping_sub(1);
         let misaligned = touch.linear & last != 0;
-        let fits = plain.linear(touch.rip, base, gpr)? == touch.linear
+        let fits = !inner.debug.is_watching()
+            && plain.linear(touch.rip, base, gpr)? == touch.linear
             && plain.is_store() == touch.write
             && offset == gpa.page_offset()
             && offset.wrapping_add(last) < PAGE_SIZE

@@ -57,6 +57,18 @@ pub fn tables<H: Host>(current: &Current<'_, H>) -> Tables {
     ]
 }
 
+/// An instruction, or an iteration of one, met data breakpoints: the traps come
+/// with the next entry. SDM 25.4.2, table 25-4 "Format of Pending-Debug-Exceptions".
+pub fn pend_breakpoints<H: Host>(current: &Current<'_, H>, hits: u8) {
+    /// Bit 12: at least one enabled breakpoint was met.
+    const ENABLED: u64 = 1 << 12;
+    let pending = current.read(field::GUEST_PENDING_DEBUG);
+    current.write(
+        field::GUEST_PENDING_DEBUG,
+        pending | ENABLED | u64::from(hits),
+    );
+}
+
 /// Changes that wait for the VMCS.
 #[derive(Default)]
 pub struct Reload {

@@ -1,7 +1,7 @@
 //! VCPU_DEBUG, debug registers, and the trap flag.
 
 use super::{Case, Outcome};
-use crate::exit::{Exit, fault, halt, out, read};
+use crate::exit::{Exit, fault, halt, out, read, write};
 use crate::guest;
 use crate::machine::Machine;
 use crate::modes::{CODE, DATA, DEVICE, Mode};
@@ -20,10 +20,13 @@ pub const CASES: &[Case] = &[
     case!(breakpoint_of_the_guest in SIZES),
     case!(hardware_breakpoint in SIZES),
     case!(hardware_watchpoint in SIZES),
+    case!(hardware_watchpoint_on_a_device in SIZES),
     case!(debugging_leaves_guest_registers in LONG),
     case!(guest_trap_flag in ALL),
     case!(guest_breakpoint_register in SIZES),
     case!(guest_watchpoint in SIZES),
+    case!(guest_watchpoint_on_a_device in SIZES),
+    case!(guest_watchpoint_in_a_repeated_move in SIZES),
     case!(guest_general_detect in WIDE),
     case!(dr4_with_de in WIDE),
     case!(dr6_upper_half in LONG),
@@ -228,6 +231,41 @@ fn hardware_watchpoint(mode: Mode) -> Outcome {
     machine.expect(&[halt()])
 }
 
+/// The driver carries the access out, and the trap comes all the same, behind the instruction.
+fn hardware_watchpoint_on_a_device(mode: Mode) -> Outcome {
+    let code = guest!(
+        "mov al, [edi]",
+        "mov [edi], al",
+        "inc byte ptr [edi]",
+        "hlt"
+    );
+    let machine = Machine::new(mode, code)?;
+    let mut dr = [0; 8];
+    dr[2] = DEVICE;
+    // Writes of one byte.
+    dr[7] = 1 << 4 | 1 << 24;
+    machine.vcpu.set_debug(ENABLE | HARDWARE, dr)?;
+    machine.set(|state| state.rdi = DEVICE)?;
+    let length = if mode == Mode::Protected { 2 } else { 3 };
+    let accesses = [
+        vec![read(DEVICE, 1, 7), write(DEVICE, 1, 7)],
+        vec![read(DEVICE, 1, 8), write(DEVICE, 1, 9)],
+    ];
+    for (count, steps) in (2..).zip(accesses) {
+        machine.expect(&steps)?;
+        let exit = machine.run()?;
+        let Exit::Debug { rip, dr6 } = exit else {
+            anyhow::bail!("{exit:?}");
+        };
+        same!(
+            (rip, dr6 & 0xf),
+            (mode.entry() + count * length, 4),
+            "RIP and B2"
+        );
+    }
+    machine.expect(&[halt()])
+}
+
 fn debugging_leaves_guest_registers(mode: Mode) -> Outcome {
     let machine = Machine::new(mode, guest!(64: "mov rax, dr0", "mov rbx, dr7", "hlt"))?;
     machine.set(|state| {
@@ -289,6 +327,60 @@ fn guest_watchpoint(mode: Mode) -> Outcome {
     })?;
     machine.expect(&[fault(1)])?;
     same!(machine.regs()?.dr6 & 0xf, 8, "DR6");
+    Ok(())
+}
+
+fn guest_watchpoint_on_a_device(mode: Mode) -> Outcome {
+    // R/W and LEN of DR1: reads too, four bytes; writes, two bytes; disabled.
+    for (control, traps) in [
+        (0xf << 20 | 4, true),
+        (5 << 20 | 4, false),
+        (0xf << 20, false),
+    ] {
+        let machine = Machine::new(mode, guest!("mov eax, [edi]", "nop", "hlt"))?;
+        machine.set(|state| {
+            state.rdi = DEVICE + 1;
+            state.dr1 = DEVICE + 4;
+            state.dr7 = 0x400 | control;
+        })?;
+        machine.expect(&[read(DEVICE + 1, 4, 7)])?;
+        if !traps {
+            machine.expect(&[halt()])?;
+            continue;
+        }
+        machine.expect(&[fault(1)])?;
+        let length = if mode == Mode::Protected { 2 } else { 4 };
+        let length = if mode == Mode::Long { 3 } else { length };
+        same!(
+            machine.frame_rip(false)?,
+            mode.entry() + length,
+            "RIP in the frame"
+        );
+        same!(machine.regs()?.dr6 & 0xf, 2, "DR6");
+    }
+    Ok(())
+}
+
+/// The trap comes behind the iteration that met it.
+fn guest_watchpoint_in_a_repeated_move(mode: Mode) -> Outcome {
+    let code = guest!("rep movsb byte ptr es:[edi], byte ptr [esi]", "hlt");
+    let machine = Machine::new(mode, code)?;
+    machine.set(|state| {
+        state.rsi = DATA;
+        state.rdi = DEVICE;
+        state.rcx = 5;
+        state.dr0 = DATA + 2;
+        state.dr7 = 0x400 | 3 << 16 | 1;
+    })?;
+    machine.expect(&[
+        write(DEVICE, 1, 0),
+        write(DEVICE + 1, 1, 0),
+        write(DEVICE + 2, 1, 0),
+        fault(1),
+    ])?;
+    let state = machine.regs()?;
+    same!((state.rcx, state.dr6 & 0xf), (2, 1), "ECX and DR6");
+    same!(machine.frame_rip(false)?, mode.entry(), "RIP in the frame");
     Ok(())
 }
 

@@ -38,6 +38,7 @@ macro_rules! borrowed_only {
 mod control;
 mod cpuid;
 mod debug;
+mod emulated;
 mod exceptions;
 mod hlt;
 mod host;
@@ -130,6 +131,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "mmio_moves",
         cases: mmio_moves::CASES,
+    },
+    Group {
+        name: "emulated",
+        cases: emulated::CASES,
     },
     Group {
         name: "hlt",

@@ -25,6 +25,7 @@ pub const CASES: &[Case] = &[
     case!(fault_in_the_old_task in PAGED32),
     case!(faults_in_the_new_task in WIDE32),
     case!(fault_of_an_event_is_external in WIDE32),
+    case!(pairs_of_exceptions in WIDE32),
     case!(return_to_a_task_that_is_not_busy in WIDE32),
     case!(debug_registers in WIDE32),
     case!(rom_descriptors in WIDE32),
@@ -606,6 +607,35 @@ fn fault_of_an_event_is_external(mode: Mode) -> Outcome {
         machine.expect(&[fault_code(10, 0x7f8 | u64::from(external))])?;
     }
     Ok(())
+}
+
+/// SDM table 6-5: a fault while another exception is delivered. The driver raises the second, because
+/// the task's DS is none.
+fn pairs_of_exceptions(mode: Mode) -> Outcome {
+    let general = || guest!(32: "xor eax, eax", "mov ds, eax", "mov eax, [eax]");
+    let page = || guest!(32: "mov eax, 0x80000000", "mov eax, [eax]");
+    let benign = fault_code(10, 0x7f8 | 1);
+    let double = fault_code(8, 0);
+    // The first exception's vector and the code that raises it, and what becomes of it.
+    let mut rows = vec![
+        (6, guest!(32: "ud2"), benign),
+        (13, general(), double.clone()),
+    ];
+    if mode == Mode::Pae {
+        rows.push((14, page(), double));
+    }
+    for (first, code, wanted) in rows {
+        let machine = tasks(mode, code, OUT_AND_HALT)?;
+        machine.ram.write_u32(TASK + 0x54, 0x7f8);
+        gate(&machine, first, TSS);
+        machine.expect(&[wanted])?;
+    }
+    // A fault of the double fault's own task.
+    let machine = tasks(mode, general(), OUT_AND_HALT)?;
+    machine.ram.write_u32(TASK + 0x54, 0x7f8);
+    machine.ram.write_u64(IDT + 13 * 8, 0x0000_8e00_0ff8_0000);
+    gate(&machine, 8, TSS);
+    machine.expect(&[crate::exit::lost()])
 }
 
 fn return_to_a_task_that_is_not_busy(mode: Mode) -> Outcome {

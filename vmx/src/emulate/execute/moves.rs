@@ -155,14 +155,15 @@ impl<M: Machine> Run<'_, M> {
         let Operand::Mem(mem) = self.operand(1) else {
             return Err(Step::Unsupported);
         };
-        // Two accesses, which fault one by one.
+        // Two accesses; the second is not made if the first decides.
         let mem = Mem { size, ..mem };
-        let first = self.memory(&mem, 0, Intent::Read)?;
-        let second = self.memory(&mem, size.into(), Intent::Read)?;
-        let lower = extend(self.load(&first)? as u64, size) as i64;
-        let upper = extend(self.load(&second)? as u64, size) as i64;
-        if index < lower || index > upper {
-            return Self::fault(Exception::BOUND);
+        for (at, below) in [(0, true), (size, false)] {
+            let span = self.memory(&mem, at.into(), Intent::Read)?;
+            let bound = extend(self.load(&span)? as u64, size) as i64;
+            let outside = if below { index < bound } else { index > bound };
+            if outside {
+                return Self::fault(Exception::BOUND);
+            }
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ use super::{Next, Outcome, RESUME, Run};
 use crate::emulate::Step;
 use crate::emulate::insn::{Op, Operand};
 use crate::emulate::machine::{
-    Access, Backing, Blocking, Exception, Machine, Seg, SegmentState, Table,
+    Access, Backing, Blocking, Exception, Gpr, Machine, Seg, SegmentState, Table,
 };
 
 /// Bits of a segment's access rights: SDM 3C 25.4.1.
@@ -303,7 +303,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// An element of what a far return pops.
-    fn popped(frame: &[u8; 24], size: u8, index: usize) -> u64 {
+    fn popped(frame: &[u8; 40], size: u8, index: usize) -> u64 {
         let mut value = [0u8; 8];
         let from = usize::from(size).wrapping_mul(index);
         let until = from.wrapping_add(size.into());
@@ -316,8 +316,8 @@ impl<M: Machine> Run<'_, M> {
         u64::from_le_bytes(value)
     }
 
-    fn pop_frame(&mut self, elements: u8) -> Outcome<([u8; 24], u64)> {
-        let mut frame = [0; 24];
+    fn pop_frame(&mut self, elements: u8) -> Outcome<([u8; 40], u64)> {
+        let mut frame = [0; 40];
         let (span, top): (Span, u64) = self.top(self.size().wrapping_mul(elements))?;
         self.read(&span, &mut frame)?;
         Ok((frame, top))
@@ -340,31 +340,45 @@ impl<M: Machine> Run<'_, M> {
         Ok(Next::Jump(target))
     }
 
-    /// IRET to the same privilege level, outside 64-bit mode.
+    /// IRET to the same privilege level. In 64-bit mode it loads the stack too (SDM 3A
+    /// 6.14.3 "IRET in IA-32e Mode").
     #[inline(never)]
     pub(super) fn interrupt_return(&mut self) -> Outcome<Next> {
         let flags = self.machine.rflags();
         let protected = self.is_protected();
-        if self.long() || protected && flags & FLAG_NT != 0 {
-            return Err(Step::Unsupported);
+        if protected && flags & FLAG_NT != 0 {
+            // A task return; in long mode there are none.
+            return match self.machine.long_mode() {
+                true => Self::fault(Exception::PROTECTION),
+                false => Err(Step::Unsupported),
+            };
         }
         self.check_flag_access()?;
-        let size = self.size();
-        let (frame, top) = self.pop_frame(3)?;
+        let (size, long) = (self.size(), self.long());
+        let (frame, top) = self.pop_frame(if long { 5 } else { 3 })?;
         let target = Self::popped(&frame, size, 0);
         let selector = Self::popped(&frame, size, 1) as u16;
         let new = Self::popped(&frame, size, 2);
-        if protected && size == 4 && new & FLAG_VM != 0 && self.machine.cpl() == 0 {
+        if protected && !long && size == 4 && new & FLAG_VM != 0 && self.machine.cpl() == 0 {
             return Err(Step::Unsupported);
         }
-        let loaded = self.code_segment(selector, target, Transfer::Return)?;
-        self.commit_segment(Seg::Cs, &loaded)?;
-        self.set_stack_pointer(top);
-        self.set_flags(new, size, if size == 4 { RESUME } else { 0 });
+        let code = self.code_segment(selector, target, Transfer::Return)?;
+        if long {
+            let stack = Self::popped(&frame, size, 4) as u16;
+            let stack = self.data_segment(Seg::Ss, stack)?;
+            self.commit_segment(Seg::Ss, &stack)?;
+        }
+        self.commit_segment(Seg::Cs, &code)?;
+        if long {
+            self.set_reg(Gpr::Rsp, size, Self::popped(&frame, size, 3));
+        } else {
+            self.set_stack_pointer(top);
+        }
+        self.set_flags(new, size, if size == 2 { 0 } else { RESUME });
         self.machine.set_blocking(Blocking::NmiEnds);
         Ok(match size {
-            4 => Next::Return(target),
-            _ => Next::Jump(target),
+            2 => Next::Jump(target),
+            _ => Next::Return(target),
         })
     }
 

@@ -284,7 +284,8 @@ impl<M: Machine> Run<'_, M> {
                 let mut copied = (self.load(&span)? as u64).to_le_bytes();
                 // What was pushed a moment ago is not in memory yet.
                 let pushed = at.wrapping_add(size.into());
-                for (ahead, byte) in (source.wrapping_sub(bottom)..).zip(copied.iter_mut()) {
+                for (offset, byte) in (0u64..).zip(copied.iter_mut()) {
+                    let ahead = source.wrapping_add(offset).wrapping_sub(bottom);
                     let place = usize::try_from(ahead).unwrap_or(used);
                     if (pushed..used).contains(&place) {
                         *byte = bytes.get(place).copied().unwrap_or(0);
