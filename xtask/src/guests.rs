@@ -7,10 +7,14 @@ use testbed::client::{Boot, Machine, System};
 use crate::vectors::{self, Registers};
 use crate::{run, setup};
 
-/// A guest, and the emulated PC's kernel for it; or two that use vector registers.
+/// A guest, the emulated PC's kernel for it, and the PC's processors; or two that use vector registers.
 #[derive(Clone, Debug)]
 pub(crate) enum Stage {
-    One { boot: Boot, flavour: Flavour },
+    One {
+        boot: Boot,
+        flavour: Flavour,
+        host_cpus: u32,
+    },
     Vectors(Registers),
 }
 
@@ -36,20 +40,36 @@ pub(crate) fn stages() -> Vec<Stage> {
         (on(System::Tiny, pc, 2), Cloud6_1),
         (on(System::Mach, pc, 1), Cloud6_1),
         (on(System::Memtest, pc, 1), Cloud6_1),
+        (on(System::Ipxe, pc, 1), Cloud6_1),
         (on(System::DebianI386, pc, 1), Cloud6_1),
         (on(System::Debian6_12, microvm, 1), Cloud6_1),
         (clock, Cloud6_12),
     ]
-    .map(|(boot, flavour)| Stage::One { boot, flavour });
+    .map(|(boot, flavour)| (boot, flavour, 1));
+    // Virtual processors that run at the same time, more of them than real ones.
+    let side_by_side = [
+        (on(System::Tiny, microvm, 4), Cloud6_1, 2),
+        (on(System::Debian6_12, pc, 2), Cloud6_1, 2),
+    ];
+    let guests = guests.into_iter().chain(side_by_side);
+    let guests = guests.map(|(boot, flavour, host_cpus)| Stage::One {
+        boot,
+        flavour,
+        host_cpus,
+    });
     let vectors = Registers::ALL.map(Stage::Vectors);
-    guests.into_iter().chain(vectors).collect()
+    guests.chain(vectors).collect()
 }
 
 impl Stage {
     /// What it says while it runs.
     pub(crate) fn name(&self) -> String {
-        let (boot, flavour) = match self {
-            Self::One { boot, flavour } => (boot, flavour),
+        let (boot, flavour, host_cpus) = match self {
+            Self::One {
+                boot,
+                flavour,
+                host_cpus,
+            } => (boot, flavour, host_cpus),
             Self::Vectors(registers) => {
                 return format!("{} of two guests and the host", registers.name());
             }
@@ -59,7 +79,7 @@ impl Stage {
             None => "",
         };
         format!(
-            "guest {}, {} with {} CPU(s), kernel {}{clock}",
+            "guest {}, {} with {} CPU(s), on {host_cpus} with kernel {}{clock}",
             boot.system.name(),
             boot.machine.name(),
             boot.cpus,
@@ -82,8 +102,13 @@ impl Stage {
     pub(crate) fn run(&self, parts: &setup::Parts) -> Result<()> {
         let mut serial = Vec::new();
         let (outcome, judged) = match self {
-            Self::One { boot, flavour } => {
-                let outcome = run::boot(parts, boot, *flavour, &mut serial)?;
+            Self::One {
+                boot,
+                flavour,
+                host_cpus,
+            } => {
+                let pc = run::machine(parts, *flavour).cpus(*host_cpus);
+                let outcome = run::boot(parts, boot, pc, &mut serial)?;
                 let judged = run::judge(&outcome);
                 (outcome, judged)
             }

@@ -16,9 +16,10 @@ const HELP: &str = "usage: cargo xtask run [OPTIONS]
 Boots the emulated PC, loads haxm.ko, probes /dev/HAX, and boots a guest under QEMU -accel hax.
 The guest's console comes as it boots; the exit code is 0 only if the guest passed.
   --guest G    tiny (the default), debian-6.1, debian-6.12, debian-i386: Linux;
-               gnumach: another system; memtest86+: none
+               gnumach: another system; memtest86+, ipxe: none
   --smp N      virtual processors of the guest, 1 to 16, tiny: to 4 (default 1)
   --machine M  pc (SeaBIOS) or microvm (qboot; the default, where the guest runs on it)
+  --cpus N     processors of the emulated PC (default 1)
   --kernel K   the emulated PC's kernel, 6.1 (the default), 6.12 or 7
   --clock N    Linux measures its clock by itself, and it must be good for N seconds
   --kvm        under KVM instead of haxm.ko
@@ -26,7 +27,7 @@ The guest's console comes as it boots; the exit code is 0 only if the guest pass
   --verbose    a Linux guest prints all its messages";
 
 /// What the guest may take.
-const LIMIT: Duration = Duration::from_secs(400);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// Instructions per emulated second where Linux measures its clock: with fewer it finds that reading
 /// another clock, an exit, takes too long to compare with.
@@ -36,6 +37,7 @@ const CLOCK_RATE: u32 = 400_000_000;
 struct Options {
     boot: Boot,
     flavour: Flavour,
+    cpus: u32,
     vectors: Option<Registers>,
 }
 
@@ -44,6 +46,7 @@ fn options(args: &[String]) -> Result<Option<Options>> {
     let mut machine = None;
     let mut flavour = Flavour::default();
     let mut boot = Boot::new(Machine::Microvm);
+    let mut cpus = 1;
     let mut vectors = None;
     let mut args = args.iter();
     while let Some(arg) = args.next() {
@@ -56,6 +59,7 @@ fn options(args: &[String]) -> Result<Option<Options>> {
                 let named = Machine::from_name(value()?);
                 machine = Some(named.context("--machine wants pc or microvm")?);
             }
+            "--cpus" => cpus = value()?.parse().context("--cpus wants a number")?,
             "--kernel" => flavour = Flavour::from_series(value()?)?,
             "--clock" => {
                 boot.clock_seconds = Some(value()?.parse().context("--clock wants seconds")?);
@@ -94,6 +98,7 @@ fn options(args: &[String]) -> Result<Option<Options>> {
     Ok(Some(Options {
         boot,
         flavour,
+        cpus,
         vectors,
     }))
 }
@@ -107,8 +112,10 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     let start = Instant::now();
     let parts = setup::everything(options.flavour)?;
     println!(
-        "run: all parts ready after {:.1} s",
-        start.elapsed().as_secs_f64()
+        "run: all parts ready after {:.1} s; Debian's {} kernel with {} CPU(s)",
+        start.elapsed().as_secs_f64(),
+        options.flavour.series(),
+        options.cpus
     );
     let serial = &mut std::io::stdout();
     let (outcome, judged) = match options.vectors {
@@ -118,7 +125,8 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
             (outcome, judged)
         }
         None => {
-            let outcome = boot(&parts, &options.boot, options.flavour, serial)?;
+            let pc = machine(&parts, options.flavour).cpus(options.cpus);
+            let outcome = boot(&parts, &options.boot, pc, serial)?;
             let judged = judge(&outcome);
             (outcome, judged)
         }
@@ -137,14 +145,14 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     }
 }
 
-/// Boots one guest on the emulated PC.
+/// Boots one guest on this emulated PC of [`machine`].
 ///
 /// # Errors
 /// The emulated PC could not be started. What happens in it is in the outcome.
 pub(crate) fn boot(
     parts: &setup::Parts,
     boot: &Boot,
-    flavour: Flavour,
+    pc: Pc,
     serial: &mut dyn Write,
 ) -> Result<Outcome> {
     let (before, after) = match boot.accelerator {
@@ -155,9 +163,7 @@ pub(crate) fn boot(
         "{before}\ntick start\n{}\ncode=$?\ntick end\n{after}\nexit $code",
         boot.shell_script()
     );
-    let mut pc = machine(parts, flavour)
-        .memory_mb(boot.system.host_memory_mb())
-        .script(&script);
+    let mut pc = pc.memory_mb(boot.system.host_memory_mb()).script(&script);
     if boot.accelerator == "kvm" {
         pc = pc.module("kvm-intel", "");
     }
@@ -167,12 +173,11 @@ pub(crate) fn boot(
     parts.client.add_to(pc.files());
     boot.system.ensure(&WorkFolder::open()?)?.add_to(pc.files());
     println!(
-        "run: QEMU -accel {}, {} on {} with {} CPU(s), on Debian's {} kernel",
+        "run: QEMU -accel {}, {} on {} with {} CPU(s)",
         boot.accelerator,
         boot.system.name(),
         boot.machine.name(),
-        boot.cpus,
-        flavour.series()
+        boot.cpus
     );
     pc.run(serial)
 }

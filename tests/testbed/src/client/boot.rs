@@ -109,6 +109,11 @@ impl Boot {
             System::Mach => "console=com0".to_owned(),
             // Neither pictures nor speed measurements.
             System::Memtest => "console=ttyS0,115200 nobench nosm nopause nosmp".to_owned(),
+            // It runs these.
+            System::Ipxe => "echo guest: iPXE runs && set n:int32 41 && inc n && iseq ${n} 42 && \
+                             sleep 1 && echo guest: counts and waits && echo GUEST: PASS || \
+                             echo GUEST: FAIL ipxe: a command"
+                .to_owned(),
             _ => self.append_linux(),
         }
     }
@@ -153,7 +158,12 @@ impl Boot {
         let mut words: Vec<String> = Vec::new();
         let mut put = |name: &str, value: String| words.extend([name.to_owned(), value]);
         put("-accel", self.accelerator.to_owned());
-        put("-M", self.machine.name().to_owned());
+        // With this SeaBIOS shows on the serial port what a program puts on the screen.
+        let screen = match self.system {
+            System::Ipxe => ",graphics=off",
+            _ => "",
+        };
+        put("-M", format!("{}{screen}", self.machine.name()));
         put("-m", self.memory_mb.to_string());
         // One package each: SeaBIOS lists in the MP table the first processor of a package only.
         put(

@@ -1,5 +1,5 @@
 //! Guests' kernels that the emulated PC itself does not run, from Debian's packages: 32-bit ones, of
-//! Debian's archive for i386, and a memory test.
+//! Debian's archive for i386, and programs that need no system.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,6 @@ const RELEASE: &str = "bookworm";
 /// package with this name, whatever becomes of the signed ones.
 const LINUX: (&str, &str) = ("linux-image-6.1.", "-686-pae-unsigned");
 const MACH: &str = "gnumach-image-1.8-486";
-const MEMTEST: &str = "memtest86+";
 
 /// Kernels of 32 bits.
 #[derive(Clone, Debug)]
@@ -77,18 +76,28 @@ fn releases(names: &[String]) -> Vec<String> {
 /// # Errors
 /// The archive does not answer, or the package is not as expected.
 pub(super) fn memtest(work: &WorkFolder) -> Result<PathBuf> {
-    let folder = work.once("guest-memtest-1", |dir| {
+    image(work, "memtest86+", "boot/memtest86+x64.bin")
+}
+
+/// iPXE, in the form of a Linux kernel.
+///
+/// # Errors
+/// As [`memtest`].
+pub(super) fn ipxe(work: &WorkFolder) -> Result<PathBuf> {
+    image(work, "ipxe", "boot/ipxe.lkrn")
+}
+
+/// A file of a package.
+fn image(work: &WorkFolder, package: &str, file: &str) -> Result<PathBuf> {
+    let folder = work.once(&format!("guest-{package}-1"), |dir| {
         let scratch = dir.join("scratch");
-        packages::unpack(&Archive::machine().fetch(work, &[MEMTEST])?, &scratch)?;
-        fs::rename(
-            scratch.join("boot/memtest86+x64.bin"),
-            dir.join("memtest.bin"),
-        )
-        .with_context(|| format!("Debian's {MEMTEST} has no image for 64 bits any more"))?;
+        packages::unpack(&Archive::machine().fetch(work, &[package])?, &scratch)?;
+        fs::rename(scratch.join(file), dir.join("image"))
+            .with_context(|| format!("Debian's {package} has no {file} any more"))?;
         fs::remove_dir_all(scratch)?;
         Ok(())
     })?;
-    Ok(folder.join("memtest.bin"))
+    Ok(folder.join("image"))
 }
 
 #[cfg(test)]

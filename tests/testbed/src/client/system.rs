@@ -1,5 +1,5 @@
 //! What can be booted in the virtual machine: three Linux kernels of Debian's and a small one, with our
-//! /init; GNU Mach with our first task; and a memory test that needs no system at all.
+//! /init; GNU Mach with our first task; and two programs that need no system at all.
 
 use std::path::PathBuf;
 
@@ -27,6 +27,9 @@ pub enum System {
     Mach,
     /// Memtest86+, of Debian's package.
     Memtest,
+    /// The boot loader iPXE, of Debian's package: 32-bit code that calls the firmware in real mode for
+    /// each key and letter.
+    Ipxe,
 }
 
 /// How a run of a guest ends.
@@ -52,6 +55,7 @@ impl System {
         Self::DebianI386,
         Self::Mach,
         Self::Memtest,
+        Self::Ipxe,
     ];
 
     /// What the command line calls it.
@@ -64,6 +68,7 @@ impl System {
             Self::DebianI386 => "debian-i386",
             Self::Mach => "gnumach",
             Self::Memtest => "memtest86+",
+            Self::Ipxe => "ipxe",
         }
     }
 
@@ -82,7 +87,7 @@ impl System {
     /// It runs our /init.
     #[must_use]
     pub fn is_linux(self) -> bool {
-        !matches!(self, Self::Mach | Self::Memtest)
+        !matches!(self, Self::Mach | Self::Memtest | Self::Ipxe)
     }
 
     /// The board it runs on quickest; the small one has not all that others need.
@@ -101,7 +106,7 @@ impl System {
         match self {
             Self::Tiny => 4,
             // Memtest86+ wakes processors by NMI, which QEMU's hax accelerator does not deliver.
-            Self::Mach | Self::Memtest => 1,
+            Self::Mach | Self::Memtest | Self::Ipxe => 1,
             _ => 16,
         }
     }
@@ -121,7 +126,7 @@ impl System {
             Self::Tiny => 64,
             Self::Debian6_1 | Self::DebianI386 => 192,
             Self::Debian6_12 => 256,
-            Self::Mach => 32,
+            Self::Mach | Self::Ipxe => 32,
             Self::Memtest => 16,
         }
     }
@@ -152,13 +157,13 @@ impl System {
                 Some(format!("{FOLDER}/guest-initramfs"))
             }
             Self::Mach => Some(format!("{FOLDER}/task $(task-create) $(task-resume)")),
-            Self::Memtest => None,
+            Self::Memtest | Self::Ipxe => None,
         }
     }
 
     pub(super) fn end(self) -> End {
         match self {
-            Self::Mach => End::Seen {
+            Self::Mach | Self::Ipxe => End::Seen {
                 enough: "GUEST:",
                 good: "GUEST: PASS",
                 bad: "GUEST: FAIL",
@@ -196,6 +201,7 @@ impl System {
                 Ok(self.files(kernel, Some(guest_init::ensure_task(work)?)))
             }
             Self::Memtest => Ok(self.files(foreign::memtest(work)?, None)),
+            Self::Ipxe => Ok(self.files(foreign::ipxe(work)?, None)),
         }
     }
 
