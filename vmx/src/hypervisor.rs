@@ -46,8 +46,6 @@ pub struct Hypervisor<H: Host> {
     platform: Result<Shared<Platform<H>>, Refusal>,
     /// Bytes; 0: no limit.
     quota: AtomicU64,
-    /// The machine sleeps, or is about to.
-    asleep: AtomicBool,
 }
 
 impl<H: Host> Hypervisor<H> {
@@ -74,7 +72,6 @@ impl<H: Host> Hypervisor<H> {
         Ok(Shared::new(Self {
             platform,
             quota: AtomicU64::new(DEFAULT_QUOTA),
-            asleep: AtomicBool::new(false),
         })?)
     }
 
@@ -161,23 +158,15 @@ impl<H: Host> Hypervisor<H> {
     /// The machine is about to sleep, hibernate or restart: no processor may
     /// stay in VMX operation, where it would ignore INIT.
     pub fn suspend(&self) {
-        self.asleep.store(true, Ordering::SeqCst);
         if let Ok(platform) = &self.platform {
-            platform
-                .host()
-                .run_on_all(&|| platform.operation().cpu_offline());
+            platform.operation().suspend();
         }
     }
 
     /// The machine woke.
     pub fn resume(&self) {
-        if !self.asleep.swap(false, Ordering::SeqCst) {
-            return;
-        }
         if let Ok(platform) = &self.platform {
-            platform
-                .host()
-                .run_on_all(&|| platform.operation().cpu_online());
+            platform.operation().resume();
         }
     }
 }

@@ -65,6 +65,8 @@ pub struct Operation<H: Host> {
     has_ibpb: bool,
     /// Some VM exists: processors that come online enter VMX operation.
     wanted: AtomicBool,
+    /// Between [`Operation::suspend`] and [`Operation::resume`].
+    asleep: AtomicBool,
     /// VPIDs are in use; without them INVVPID may be #UD.
     has_vpid: bool,
 }
@@ -113,6 +115,7 @@ impl<H: Host> Operation<H> {
             active,
             has_ibpb: caps.has_ibpb,
             wanted: AtomicBool::new(false),
+            asleep: AtomicBool::new(false),
             has_vpid: caps.has_vpid(),
         })
     }
@@ -179,9 +182,27 @@ impl<H: Host> Operation<H> {
         }
     }
 
+    /// The machine is about to sleep, hibernate or restart: every processor
+    /// leaves, and none of them enters until [`Operation::resume`]. A vCPU that
+    /// is run meanwhile is refused.
+    pub fn suspend(&self) {
+        self.asleep.store(true, Ordering::SeqCst);
+        self.host.run_on_all(&|| self.cpu_offline());
+    }
+
+    /// The machine woke.
+    pub fn resume(&self) {
+        if self.asleep.swap(false, Ordering::SeqCst) {
+            self.host.run_on_all(&|| self.cpu_online());
+        }
+    }
+
     /// VMXON here, unless this processor is in VMX operation already.
     /// Interrupts are off.
     fn enter_here(&self) -> Result<(), NotLoaded> {
+        if self.asleep.load(Ordering::Relaxed) {
+            return Err(NotLoaded);
+        }
         let cpu = self.host.cpu();
         let Some(here) = self.cpus.get(self.host.current_cpu()) else {
             return Err(NotLoaded::Refused);

@@ -256,6 +256,12 @@ fn suspend_takes_every_processor_out_and_resume_back() {
     client.run([Step::cpuid(0, 0)]);
     client.hypervisor.suspend();
     assert!((0..2).all(|cpu| !machine.in_vmx(cpu)));
+    // Until then nothing brings a processor back into VMX operation.
+    assert_eq!(client.run_fails([]), Error::Fault);
+    assert_eq!(client.vcpu.regs().err(), Some(Error::Fault));
+    assert!(client.hypervisor.create_vm().is_ok_and(|vm| vm.id() == 1));
+    client.hypervisor.cpu_online();
+    assert!((0..2).all(|cpu| !machine.in_vmx(cpu)));
     client.hypervisor.resume();
     assert!((0..2).all(|cpu| machine.in_vmx(cpu)));
     assert_eq!(client.run([Step::cpuid(0, 0)]), ExitStatus::Interrupt);
