@@ -52,6 +52,7 @@ void haxm_os_kick(u32 cpu);
 void haxm_os_set_vmxe(u32 on);
 u32 haxm_os_keeps_vmxe(void);
 u32 haxm_os_in_vmx_operation(void);
+u32 haxm_os_mitigations(void);
 void haxm_os_guest_left(void);
 u32 haxm_os_event_pending(void);
 void haxm_os_yield(void);

@@ -2,11 +2,13 @@
 /* Load and unload, parameters, log. */
 
 #include <linux/bug.h>
+#include <linux/cpu.h>
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 #include <linux/printk.h>
 #include <linux/ratelimit.h>
 #include <linux/sysfs.h>
+#include <linux/string.h>
 
 #include "haxm.h"
 
@@ -37,6 +39,19 @@ void haxm_os_log(u32 level, const u8 *text, size_t length)
 	default:
 		printk(KERN_DEBUG "haxm: %.*s\n", size, text);
 	}
+}
+
+static char *haxm_mitigations = "auto";
+module_param_named(mitigations, haxm_mitigations, charp, 0444);
+MODULE_PARM_DESC(mitigations, "against speculation: off, auto (what the processor needs, unless the kernel runs with mitigations=off; default), full");
+
+u32 haxm_os_mitigations(void)
+{
+	if (sysfs_streq(haxm_mitigations, "off"))
+		return 0;
+	if (sysfs_streq(haxm_mitigations, "full"))
+		return 2;
+	return !cpu_mitigations_off();
 }
 
 void haxm_os_panic(const u8 *text, size_t length)

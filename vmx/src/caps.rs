@@ -3,6 +3,10 @@
 //! The requirements read top to bottom in [`examine`]; each refusal has a
 //! name that ends in the log and decides what user space is told.
 
+mod speculation;
+
+pub use speculation::Speculation;
+
 use crate::arch::control::{Entry, Exit, Pin, Primary, Secondary};
 use crate::arch::ept::EptVpidCaps;
 use crate::arch::msr;
@@ -143,6 +147,10 @@ pub struct Caps {
     pub cr4_fixed1: u64,
     /// IBPB exists: IA32_PRED_CMD bit 0, CPUID.7.0:EDX\[26\].
     pub has_ibpb: bool,
+    /// What the processor gives away, and how that is held back.
+    pub speculation: Speculation,
+    /// XSAVES and XRSTORS work in a guest, whose IA32_XSS is 0 like the host's.
+    pub has_xsaves: bool,
     /// Bits of a physical address, CPUID.80000008H:EAX\[7:0\].
     pub physical_bits: u8,
 }
@@ -222,7 +230,8 @@ const SECONDARY: Wanted = Wanted {
         // A guest's WBINVD would empty the host's caches.
         | Secondary::WBINVD_EXITING.bits()
         | Secondary::ENABLE_RDTSCP.bits()
-        | Secondary::ENABLE_INVPCID.bits(),
+        | Secondary::ENABLE_INVPCID.bits()
+        | Secondary::ENABLE_XSAVES.bits(),
     forbidden: NEVER_SECONDARY,
 };
 
@@ -302,6 +311,13 @@ pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
         let caps = ControlCaps(read(msr::IA32_VMX_PROCBASED_CTLS2));
         secondary = Secondary::from_bits_retain(SECONDARY.resolve(caps)?);
     }
+    // The guest's IA32_XSS is 0 and is not switched, so the host's must be. The
+    // register exists with XSAVES, SDM 13.3 "Enabling the XSAVE Feature Set".
+    let has_xsaves = secondary.contains(Secondary::ENABLE_XSAVES)
+        && cpu.cpuid(0, 0).eax >= 0xd
+        && cpu.cpuid(0xd, 1).eax & (1 << 3) != 0
+        && read(msr::IA32_XSS) == 0;
+    secondary.set(Secondary::ENABLE_XSAVES, has_xsaves);
     let mut ept_vpid = EptVpidCaps::empty();
     // SDM appendix A.10: the register exists with either control.
     if secondary.intersects(Secondary::ENABLE_EPT | Secondary::ENABLE_VPID) {
@@ -358,6 +374,8 @@ pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
         cr4_fixed0: read(msr::IA32_VMX_CR4_FIXED0),
         cr4_fixed1: read(msr::IA32_VMX_CR4_FIXED1),
         has_ibpb: cpu.cpuid(0, 0).eax >= 7 && cpu.cpuid(7, 0).edx & (1 << 26) != 0,
+        speculation: Speculation::examine(cpu),
+        has_xsaves,
         physical_bits,
     })
 }

@@ -31,6 +31,17 @@ unsafe impl Sync for HostPage {}
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuOffline;
 
+/// What is done against speculation, beside what costs nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mitigations {
+    /// Nothing.
+    Off,
+    /// What the processor needs.
+    Needed,
+    /// Everything that the processor can do.
+    All,
+}
+
 /// What an operating system must lend us.
 ///
 /// The value is a handle: cheap to clone, often of size zero.
@@ -126,6 +137,11 @@ pub unsafe trait Host: Clone + Send + Sync + 'static {
     /// find out, the host executes a VMX instruction that may fault.
     /// Interrupts are off.
     fn is_in_vmx_operation(&self) -> bool;
+
+    /// What is to be done against speculation.
+    fn mitigations(&self) -> Mitigations {
+        Mitigations::Needed
+    }
 
     /// A guest has left this processor: the exits set the limits of GDTR and
     /// IDTR to 0xffff and TR's to 0x67 (SDM 28.5.2 "Loading Host Segment and

@@ -77,7 +77,8 @@ impl<H: Host> Hypervisor<H> {
 
     /// The capabilities of this processor, if every other one has them too.
     fn examine_all(host: &H) -> Result<caps::Caps, Refusal> {
-        let caps = caps::examine(host.cpu())?;
+        let mut caps = caps::examine(host.cpu())?;
+        caps.speculation.settle(host.mitigations());
         // The others answer from an interrupt, where no lock may be taken.
         let (any, for_good, nx) = (
             AtomicBool::new(false),

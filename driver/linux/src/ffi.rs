@@ -35,6 +35,8 @@ unsafe extern "C" {
     pub(crate) fn haxm_os_set_vmxe(on: u32);
     pub(crate) safe fn haxm_os_keeps_vmxe() -> u32;
     pub(crate) safe fn haxm_os_in_vmx_operation() -> u32;
+    /// 0 none, 1 what the processor needs, 2 all.
+    pub(crate) safe fn haxm_os_mitigations() -> u32;
     pub(crate) safe fn haxm_os_guest_left();
     pub(crate) safe fn haxm_os_event_pending() -> u32;
     pub(crate) safe fn haxm_os_yield();

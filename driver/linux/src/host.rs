@@ -8,7 +8,7 @@ use core::ptr::NonNull;
 use vmx::arch::addr::Hpa;
 use vmx::cpu::native::Native;
 use vmx::fallible::NoMemory;
-use vmx::host::{CpuOffline, Host, HostPage};
+use vmx::host::{CpuOffline, Host, HostPage, Mitigations};
 
 use crate::lock::{Mutex, Spin};
 use crate::shared::Page;
@@ -124,6 +124,14 @@ unsafe impl Host for Linux {
 
     fn is_in_vmx_operation(&self) -> bool {
         ffi::haxm_os_in_vmx_operation() != 0
+    }
+
+    fn mitigations(&self) -> Mitigations {
+        match ffi::haxm_os_mitigations() {
+            0 => Mitigations::Off,
+            1 => Mitigations::Needed,
+            _ => Mitigations::All,
+        }
     }
 
     fn guest_left(&self) {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use vmx::arch::addr::Hpa;
 use vmx::arch::ept::{InveptKind, InvvpidKind};
 use vmx::arch::msr;
-use vmx::cpu::{Cpu, CpuidResult, GuestRegs, Selectors, TableRegister, VmxFailure};
+use vmx::cpu::{Cpu, CpuidResult, GuestRegs, Selectors, TableRegister, VmxFailure, how};
 
 use crate::cores::{Cores, thread, use_machine};
 use crate::entry;
@@ -63,7 +63,7 @@ pub(crate) fn msr_accepts(profile: &Profile, number: u32, value: u64) -> bool {
         msr::IA32_FMASK | msr::IA32_TSC_AUX => value >> 32 == 0,
         msr::IA32_DEBUGCTL => value & !0xffc3 == 0,
         msr::IA32_SPEC_CTRL => value & !7 == 0,
-        msr::IA32_PRED_CMD => value & !1 == 0,
+        msr::IA32_PRED_CMD | msr::IA32_FLUSH_CMD => value & !1 == 0,
         msr::IA32_XSS => value == 0,
         msr::IA32_FEATURE_CONTROL => profile.msr(number) & 1 == 0,
         0x480..=0x491 | 0xfe | msr::IA32_ARCH_CAPABILITIES => false,
@@ -75,7 +75,7 @@ impl Processor {
     pub(crate) fn read_msr(&self, tsc: u64, number: u32) -> Option<u64> {
         match number {
             msr::IA32_TSC => Some(tsc),
-            msr::IA32_PRED_CMD => None,
+            msr::IA32_PRED_CMD | msr::IA32_FLUSH_CMD => None,
             _ => self.msrs.get(&number).copied(),
         }
     }
@@ -357,14 +357,41 @@ impl Cpu for SimCpu {
         })
     }
 
-    unsafe fn enter(&self, regs: &mut GuestRegs, launched: bool) -> Result<(), VmxFailure> {
+    unsafe fn enter(&self, regs: &mut GuestRegs) -> Result<(), VmxFailure> {
         let _inside = fault::inside();
         use_machine(&self.inner);
         if thread(|t| t.masked.get() == 0) {
             self.inner.finding("VM entry with interrupts on");
         }
         let cpu = self.inner.cores.current();
-        entry::enter(&self.inner, cpu, regs, launched)
+        let how = regs.how;
+        let launched = how & how::LAUNCHED != 0;
+        let plain = how == how::LAUNCHED;
+        {
+            let mut state = self.inner.state();
+            state.counts.plain_entries += u64::from(plain);
+            state.counts.cleared_buffers += u64::from(how & how::CLEAR_BUFFERS != 0);
+            state.counts.filled_returns += u64::from(how & how::FILL_RETURNS != 0);
+            if how & how::FLUSH_L1D != 0 && regs.on_loan == 1 {
+                regs.on_loan = 2;
+                state.counts.flushed_l1d += 1;
+            }
+        }
+        if how & how::SPEC_CTRL != 0 {
+            // SAFETY: the caller says that the register exists.
+            regs.host_spec_ctrl = unsafe { self.rdmsr(msr::IA32_SPEC_CTRL) };
+            // SAFETY: and that it takes the value.
+            unsafe { self.wrmsr(msr::IA32_SPEC_CTRL, regs.spec_ctrl) };
+        }
+        regs.how = (how | how::LAUNCHED) & !how::CHANGED;
+        let result = entry::enter(&self.inner, cpu, regs, launched);
+        if how & how::SPEC_CTRL != 0 {
+            // SAFETY: as above.
+            regs.spec_ctrl = unsafe { self.rdmsr(msr::IA32_SPEC_CTRL) };
+            // SAFETY: the host's own value.
+            unsafe { self.wrmsr(msr::IA32_SPEC_CTRL, regs.host_spec_ctrl) };
+        }
+        result
     }
 }
 

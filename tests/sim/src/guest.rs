@@ -77,6 +77,7 @@ fn may_pass(number: u32) -> bool {
         msr::IA32_TSC
             | msr::IA32_SPEC_CTRL
             | msr::IA32_PRED_CMD
+            | msr::IA32_FLUSH_CMD
             | msr::IA32_SYSENTER_CS
             | msr::IA32_SYSENTER_ESP
             | msr::IA32_SYSENTER_EIP

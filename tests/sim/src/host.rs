@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 
 use vmx::arch::addr::{Hpa, Hva};
 use vmx::fallible::NoMemory;
-use vmx::host::{CpuOffline, Host, HostPage, SharedPage};
+use vmx::host::{CpuOffline, Host, HostPage, Mitigations, SharedPage};
 
 use crate::cores::{Cores, thread, use_machine};
 use crate::cpu::SimCpu;
@@ -236,6 +236,10 @@ unsafe impl Host for SimHost {
             return false;
         }
         state.cpus[cpu].vmxon.is_some()
+    }
+
+    fn mitigations(&self) -> Mitigations {
+        *self.inner().mitigations.lock().unwrap()
     }
 
     fn guest_left(&self) {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmx::arch::msr;
 use vmx::cpu::{Selectors, TableRegister};
+use vmx::host::Mitigations;
 
 use crate::check::EntryFailure;
 use crate::cores::Cores;
@@ -42,6 +43,11 @@ pub struct Counts {
     pub raise_nmi: u64,
     pub raise_machine_check: u64,
     pub host_interrupts: u64,
+    /// Entries with nothing against speculation.
+    pub plain_entries: u64,
+    pub cleared_buffers: u64,
+    pub filled_returns: u64,
+    pub flushed_l1d: u64,
     /// Exits by basic reason.
     pub exits: BTreeMap<u16, u64>,
 }
@@ -283,6 +289,7 @@ pub(crate) struct Inner {
     pub(crate) keeps_vmxe: AtomicBool,
     /// User memory is pinned, not borrowed.
     pub(crate) pins: AtomicBool,
+    pub(crate) mitigations: Mutex<Mitigations>,
     pub(crate) locks: AtomicUsize,
     pub(crate) listeners: AtomicUsize,
     pub(crate) zero_frame: u64,
@@ -356,6 +363,7 @@ impl Machine {
             event_pending: AtomicBool::new(false),
             keeps_vmxe: AtomicBool::new(true),
             pins: AtomicBool::new(std::env::var_os("SIM_PIN").is_some()),
+            mitigations: Mutex::new(Mitigations::Needed),
             locks: AtomicUsize::new(0),
             listeners: AtomicUsize::new(0),
             zero_frame,
@@ -481,6 +489,14 @@ impl Machine {
     /// CR4.VMXE and its VMXON.
     pub fn delay_foreign_vmxon(&self, times: u32) {
         self.0.state().foreign_late = times;
+    }
+
+    /// What [`vmx::host::Host::mitigations`] says. Before the hypervisor.
+    ///
+    /// # Panics
+    /// Never: nothing panics with the lock.
+    pub fn set_mitigations(&self, wanted: Mitigations) {
+        *self.0.mitigations.lock().unwrap() = wanted;
     }
 
     /// What [`vmx::host::Host::keeps_vmxe`] says. Before the first VM.

@@ -198,6 +198,7 @@ impl Profile {
             (0x48d, 0x0000_00ff_0000_0016),
             (msr::IA32_SPEC_CTRL, 1),
             (msr::IA32_PRED_CMD, 0),
+            (msr::IA32_FLUSH_CMD, 0),
             (msr::IA32_XSS, 0),
             (msr::IA32_ARCH_CAPABILITIES, 0x2b),
         ]);

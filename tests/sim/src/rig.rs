@@ -205,8 +205,9 @@ impl Rig {
     /// The VM-instruction error.
     pub fn enter_as(&mut self, launched: bool) -> Result<u64, EntryError> {
         let host = self.host.clone();
+        self.regs.how = u64::from(launched);
         // SAFETY: interrupts are off, the VMCS is ours.
-        let result = unsafe { host.cpu().enter(&mut self.regs, launched) };
+        let result = unsafe { host.cpu().enter(&mut self.regs) };
         // SAFETY: interrupts are off; both were read on this processor.
         unsafe {
             host.cpu().restore_segmentation(self.gdtr, &self.selectors);

@@ -21,6 +21,8 @@ pub const IA32_TSC_ADJUST: u32 = 0x3b;
 pub const IA32_SPEC_CTRL: u32 = 0x48;
 /// Prediction command.
 pub const IA32_PRED_CMD: u32 = 0x49;
+/// Cache flush command.
+pub const IA32_FLUSH_CMD: u32 = 0x10b;
 /// Architectural capabilities.
 pub const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 /// Supervisor XSAVE features.

@@ -46,6 +46,35 @@ pub struct GuestRegs {
     /// The value last written to the HOST_RSP field of the VMCS that these
     /// registers belong to; 0 forces a write. Kept by [`Cpu::enter`].
     pub host_rsp: u64,
+    /// How to enter: bits of [`how`]. [`Cpu::enter`] sets LAUNCHED and clears
+    /// CHANGED.
+    pub how: u64,
+    /// The guest's IA32_SPEC_CTRL, with [`how::SPEC_CTRL`].
+    pub spec_ctrl: u64,
+    /// The host's, while the guest runs.
+    pub host_spec_ctrl: u64,
+    /// 0: the processor is the host's. 1: it was lent to this guest. Then
+    /// [`Cpu::enter`] may make it 2: something was done once for the loan.
+    pub on_loan: u64,
+    /// For [`Cpu::enter`]: `how` as it was, and a selector.
+    pub scratch: [u64; 2],
+}
+
+/// How to enter a guest. What is not 1 costs time in those guests that need it
+/// and none in others.
+pub mod how {
+    /// The VMCS is in the launched state: VMRESUME.
+    pub const LAUNCHED: u64 = 1 << 0;
+    /// The bits below changed since the last entry.
+    pub const CHANGED: u64 = 1 << 1;
+    /// VERW before the entry: no data in the processor's buffers.
+    pub const CLEAR_BUFFERS: u64 = 1 << 2;
+    /// Fill the return-stack buffer after the exit.
+    pub const FILL_RETURNS: u64 = 1 << 3;
+    /// Switch IA32_SPEC_CTRL.
+    pub const SPEC_CTRL: u64 = 1 << 4;
+    /// Empty the L1 data cache before the first entry of a loan.
+    pub const FLUSH_L1D: u64 = 1 << 5;
 }
 
 /// GDTR and IDTR as SGDT and SIDT store them.
@@ -246,13 +275,14 @@ pub trait Cpu: Send + Sync + 'static {
     /// In VMX operation.
     unsafe fn invvpid(&self, kind: InvvpidKind, vpid: u16, address: u64) -> Result<(), VmxFailure>;
 
-    /// Loads the guest's registers, executes VMLAUNCH (`launched == false`) or
-    /// VMRESUME, and stores the guest's registers after the exit. Writes
-    /// HOST_RIP when it launches and HOST_RSP when it differs from
+    /// Loads the guest's registers, executes VMLAUNCH or VMRESUME as `regs.how`
+    /// says, with what else it asks for, and stores the guest's registers after the exit. Writes
+    /// HOST_RIP when it launches or `how` changed, and HOST_RSP when it differs from
     /// `regs.host_rsp`.
     ///
     /// # Safety
     /// Interrupts are off; the current VMCS is ours, with a host state that
-    /// returns to this context; `launched` is its launch state.
-    unsafe fn enter(&self, regs: &mut GuestRegs, launched: bool) -> Result<(), VmxFailure>;
+    /// returns to this context; `regs.how` has its launch state, and SPEC_CTRL
+    /// only where the register exists and takes `regs.spec_ctrl`.
+    unsafe fn enter(&self, regs: &mut GuestRegs) -> Result<(), VmxFailure>;
 }

@@ -8,9 +8,10 @@
 use core::arch::asm;
 use core::mem::offset_of;
 
-use super::{Cpu, CpuidResult, GuestRegs, Selectors, TableRegister, VmxFailure};
+use super::{Cpu, CpuidResult, GuestRegs, Selectors, TableRegister, VmxFailure, how};
 use crate::arch::addr::Hpa;
 use crate::arch::ept::{InveptKind, InvvpidKind};
+use crate::arch::msr;
 
 /// The processor this code runs on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -385,9 +386,9 @@ impl Cpu for Native {
         outcome(carry, zero)
     }
 
-    unsafe fn enter(&self, regs: &mut GuestRegs, launched: bool) -> Result<(), VmxFailure> {
+    unsafe fn enter(&self, regs: &mut GuestRegs) -> Result<(), VmxFailure> {
         // SAFETY: the caller keeps the trait's contract.
-        let failed = unsafe { world_switch(regs, u64::from(launched)) };
+        let failed = unsafe { world_switch(regs) };
         if failed & 1 == 0 {
             Ok(())
         } else {
@@ -413,6 +414,18 @@ impl Native {
 const HOST_RSP: u64 = x86::vmx::vmcs::host::RSP as u64;
 const HOST_RIP: u64 = x86::vmx::vmcs::host::RIP as u64;
 
+/// Tells the kernel's objtool that the next instruction, a CALL, stays within the
+/// function: its mark up to Linux 6.13, and the one since.
+macro_rules! intra_function_call {
+    () => {
+        concat!(
+            ".pushsection .discard.intra_function_calls\n.long 773f - .\n.popsection\n",
+            ".pushsection .discard.annotate_insn, \"M\", @progbits, 8\n",
+            ".long 773f - .\n.long 7\n.popsection\n773:",
+        )
+    };
+}
+
 /// Enters the guest and comes back at its next exit, or at once if the entry
 /// instruction fails. Bit 0 of the result is CF or ZF as the entry instruction
 /// left them, the other bits mean nothing: after an exit both flags are clear
@@ -420,14 +433,18 @@ const HOST_RIP: u64 = x86::vmx::vmcs::host::RIP as u64;
 ///
 /// 1. Save RBX and RBP, which the compiler will not let an asm statement clobber.
 /// 2. Push the register block's address; RSP now is the host's for the exit.
-/// 3. VMWRITE HOST_RSP if it changed, HOST_RIP if this VMCS is being launched.
-/// 4. Load the guest's registers and enter.
+/// 3. VMWRITE HOST_RSP if it changed.
+/// 4. Load the guest's registers and VMRESUME, if `how` is LAUNCHED alone.
 /// 5. Exit and failure meet at label 4: store the guest's registers, unwind.
+///
+/// Any other `how` branches off to label 6 and comes back to 3 with ZF clear,
+/// and again to 5 right before the entry; its exit may land at label 9, which
+/// HOST_RIP then names. The plain path has no instruction for any of that.
 ///
 /// # Safety
 /// The contract of [`Cpu::enter`]. Not inlined: HOST_RIP names the one copy.
 #[inline(never)]
-unsafe extern "sysv64" fn world_switch(regs: *mut GuestRegs, launched: u64) -> u64 {
+unsafe extern "sysv64" fn world_switch(regs: *mut GuestRegs) -> u64 {
     let failed: u64;
     // SAFETY: the caller's contract; every register the guest may change is
     // saved here or declared clobbered.
@@ -442,13 +459,9 @@ unsafe extern "sysv64" fn world_switch(regs: *mut GuestRegs, launched: u64) -> u
             "mov eax, {field_rsp}",
             "vmwrite rax, rsp",
             "2:",
-            "test rsi, rsi",
-            "jnz 3f",
-            "mov eax, {field_rip}",
-            "lea rdx, [rip + 4f]",
-            "vmwrite rax, rdx",
-            // The guest's RSI is loaded below, so the choice rides in the flags.
-            "test rsi, rsi",
+            // The choice rides in the flags: MOV leaves them alone.
+            "cmp qword ptr [rdi + {how}], {launched}",
+            "jne 6f",
             "3:",
             "mov rax, [rdi + {gpr} + 0*8]",
             "mov rcx, [rdi + {gpr} + 1*8]",
@@ -464,12 +477,104 @@ unsafe extern "sysv64" fn world_switch(regs: *mut GuestRegs, launched: u64) -> u
             "mov r13, [rdi + {gpr} + 13*8]",
             "mov r14, [rdi + {gpr} + 14*8]",
             "mov r15, [rdi + {gpr} + 15*8]",
+            "jne 5f",
             "mov rdi, [rdi + {gpr} + 7*8]",
-            "jnz 5f",
-            "vmlaunch",
-            "jmp 4f",
-            "5:",
             "vmresume",
+            "jmp 4f",
+            // Any other way in: note it, write HOST_RIP if it is new, switch
+            // IA32_SPEC_CTRL.
+            "6:",
+            "mov rax, [rdi + {how}]",
+            "mov [rdi + {was}], rax",
+            "mov word ptr [rdi + {selector}], ss",
+            "mov rcx, rax",
+            "or rcx, {launched}",
+            "and rcx, {not_changed}",
+            "mov [rdi + {how}], rcx",
+            "cmp rcx, rax",
+            "je 7f",
+            "lea rdx, [rip + 4f]",
+            "test al, {fill} + {spec}",
+            "jz 8f",
+            "lea rdx, [rip + 9f]",
+            "8:",
+            "mov eax, {field_rip}",
+            "vmwrite rax, rdx",
+            "7:",
+            "test byte ptr [rdi + {how}], {spec}",
+            "jz 30f",
+            "mov ecx, {spec_msr}",
+            "rdmsr",
+            "mov [rdi + {host_spec}], eax",
+            "cmp eax, [rdi + {guest_spec}]",
+            "je 30f",
+            "mov eax, [rdi + {guest_spec}]",
+            "mov edx, 0",
+            "wrmsr",
+            "30:",
+            "test byte ptr [rdi + {how}], {flush}",
+            "jz 19f",
+            "cmp qword ptr [rdi + {on_loan}], 1",
+            "jne 19f",
+            "mov qword ptr [rdi + {on_loan}], 2",
+            "mov ecx, {flush_msr}",
+            "mov eax, 1",
+            "mov edx, 0",
+            "wrmsr",
+            "19:",
+            "test rsp, rsp",
+            "jmp 3b",
+            // Right before the entry; RDI is not the guest's yet. VERW wants a
+            // writable segment's selector: SDM vol. 2, "VERW".
+            "5:",
+            "test byte ptr [rdi + {was}], {clear}",
+            "jz 31f",
+            "verw word ptr [rdi + {selector}]",
+            "31:",
+            "test byte ptr [rdi + {was}], {launched}",
+            "mov rdi, [rdi + {gpr} + 7*8]",
+            "jz 12f",
+            "vmresume",
+            "jmp 9f",
+            "12:",
+            "vmlaunch",
+            // Here if the entry failed, and from an exit that has more to do: 32
+            // returns that lead nowhere, so that none of the guest's is
+            // predicted; then the host's IA32_SPEC_CTRL.
+            "9:",
+            "pushfq",
+            "push rax",
+            "push rcx",
+            "push rdx",
+            "mov ecx, 16",
+            "13:",
+            intra_function_call!(),
+            "call 14f",
+            "int3",
+            "14:",
+            intra_function_call!(),
+            "call 16f",
+            "int3",
+            "16:",
+            "add rsp, 2 * 8",
+            "dec ecx",
+            "jnz 13b",
+            "lfence",
+            "mov rdx, [rsp + 4 * 8]",
+            "test byte ptr [rdx + {how}], {spec}",
+            "jz 18f",
+            "mov ecx, {spec_msr}",
+            "rdmsr",
+            "mov rdx, [rsp + 4 * 8]",
+            "mov [rdx + {guest_spec}], eax",
+            "mov eax, [rdx + {host_spec}]",
+            "mov edx, 0",
+            "wrmsr",
+            "18:",
+            "pop rdx",
+            "pop rcx",
+            "pop rax",
+            "popfq",
             "4:",
             // None of PUSH, MOV and POP touches the flags.
             "push rdi",
@@ -504,12 +609,26 @@ unsafe extern "sysv64" fn world_switch(regs: *mut GuestRegs, launched: u64) -> u
             "mov r9d, 0",
             "mov r10d, 0",
             "mov r11d, 0",
+            how = const offset_of!(GuestRegs, how),
+            guest_spec = const offset_of!(GuestRegs, spec_ctrl),
+            host_spec = const offset_of!(GuestRegs, host_spec_ctrl),
+            was = const offset_of!(GuestRegs, scratch),
+            selector = const offset_of!(GuestRegs, scratch) + 8,
+            launched = const how::LAUNCHED,
+            not_changed = const !(how::CHANGED as i64),
+            clear = const how::CLEAR_BUFFERS,
+            fill = const how::FILL_RETURNS,
+            spec = const how::SPEC_CTRL,
+            flush = const how::FLUSH_L1D,
+            on_loan = const offset_of!(GuestRegs, on_loan),
+            flush_msr = const msr::IA32_FLUSH_CMD,
+            spec_msr = const msr::IA32_SPEC_CTRL,
             gpr = const offset_of!(GuestRegs, gpr),
             host_rsp = const offset_of!(GuestRegs, host_rsp),
             field_rsp = const HOST_RSP,
             field_rip = const HOST_RIP,
             inout("rdi") regs => _,
-            inout("rsi") launched => _,
+            out("rsi") _,
             out("rax") failed,
             out("rcx") _, out("rdx") _,
             out("r8") _, out("r9") _, out("r10") _, out("r11") _,

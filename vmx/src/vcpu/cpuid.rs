@@ -314,6 +314,7 @@ impl CpuidTable {
                     self.has(*feature) && secondary.contains(Secondary::ENABLE_INVPCID)
                 }
                 Need::Cr4(bit) => self.has(*feature) && self.cr4.contains(bit),
+                Need::Xsaves => self.has(*feature) && secondary.contains(Secondary::ENABLE_XSAVES),
                 Need::Xsave => self.has(*feature) && self.cr4.contains(Cr4::OSXSAVE),
                 Need::Host | Need::Avx | Need::Avx512 => self.has(*feature),
             };
@@ -345,7 +346,7 @@ impl CpuidTable {
         }
         for feature in Feature::OFFERED {
             let founded = match feature.need {
-                Need::Xsave => self.host_xcr0.contains(Xcr0::X87 | Xcr0::SSE),
+                Need::Xsave | Need::Xsaves => self.host_xcr0.contains(Xcr0::X87 | Xcr0::SSE),
                 Need::Avx => self.allowed_xcr0().contains(Xcr0::AVX),
                 Need::Avx512 => self.allowed_xcr0().contains(AVX512_STATE),
                 _ => true,

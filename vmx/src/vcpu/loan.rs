@@ -8,7 +8,7 @@ use super::{Inner, Vcpu, msr_bitmap};
 use crate::Error;
 use crate::arch::ept::{EptVpidCaps, InveptKind, InvvpidKind};
 use crate::arch::field;
-use crate::cpu::{Cpu, VmxFailure};
+use crate::cpu::{Cpu, VmxFailure, how};
 use crate::host::{CpuOffline, Host, OwnedPage, Pinned};
 use crate::operation::NotLoaded;
 
@@ -24,6 +24,18 @@ pub fn fill_bitmap<H: Host>(page: &OwnedPage<H>) {
     }
 }
 
+/// From now on the guest reads, or writes, the register without an exit.
+pub fn pass_through<H: Host>(page: &OwnedPage<H>, register: u32, write: bool) {
+    if let Some((offset, bit)) = msr_bitmap::place_of(register, write) {
+        let at = page.pointer().wrapping_add(usize::from(offset));
+        // SAFETY: inside a page that is ours; the processor reads it only while
+        // the guest runs, which it does not now.
+        let byte = unsafe { at.read_volatile() };
+        // SAFETY: as above.
+        unsafe { at.write_volatile(byte & !bit) };
+    }
+}
+
 impl<H: Host> Vcpu<H> {
     /// Makes the VMCS current on `pinned`'s processor.
     pub(super) fn load<'a>(
@@ -35,7 +47,7 @@ impl<H: Host> Vcpu<H> {
         let loan = platform.operation().load(pinned, self.place)?;
         let current = Current::new(platform.host(), loan);
         if current.is_fresh() {
-            inner.launched = false;
+            inner.registers.general.how &= !how::LAUNCHED;
         }
         if current.is_moved() {
             inner.registers.general.host_rsp = 0;
@@ -145,12 +157,11 @@ impl<H: Host> Vcpu<H> {
             unsafe { cpu.set_cr2(inner.cr2) };
         }
         // SAFETY: interrupts are off, our VMCS is current, `write_for_processor`
-        // and `refresh` wrote a host state that returns here, and `launched`
+        // and `refresh` wrote a host state that returns here, and `how`
         // follows VMCLEAR and VMLAUNCH.
-        let result = unsafe { cpu.enter(&mut inner.registers.general, inner.launched) };
+        let result = unsafe { cpu.enter(&mut inner.registers.general) };
         memory.after_exit(cpu_number);
         if result.is_ok() {
-            inner.launched = true;
             inner.cr2 = cpu.cr2();
             inner.registers.forget();
         }

@@ -70,6 +70,9 @@ use switched_msrs::SwitchedMsrs;
 use tunnel::Channel;
 use vmcs::Current;
 
+/// MSRs that do not exist and are counted, by number.
+const UNKNOWN_MSRS: usize = 16;
+
 /// What only the thread that holds the vCPU's lock touches.
 pub struct Inner<H: Host> {
     registers: Registers,
@@ -92,14 +95,12 @@ pub struct Inner<H: Host> {
     /// What that table offers.
     features: Features,
     cpuid_version: u32,
-    /// The VMCS in memory is in the launched state.
-    launched: bool,
     /// The primary controls as the VMCS has them.
     primary: u32,
     /// The TSC offset as the VMCS has it.
     tsc_offset: u64,
-    /// The guest's switched registers are in the processor.
-    on_loan: bool,
+    /// MSRs the guest asked for in vain: number and times.
+    unknown_msrs: Box<[(u32, u32); UNKNOWN_MSRS]>,
     /// An IN that the client answers before the next RUN: bytes.
     pending_in: Option<u8>,
     /// The PDPTEs in the VMCS are older than CR0, CR3 or CR4.
@@ -170,7 +171,7 @@ impl<H: Host> Inner<H> {
         let (cpuid, cpuid_version) = guest.cpuid()?;
         let features = cpuid.features();
         try_box(Self {
-            registers: Registers::default(),
+            registers: Registers::new(caps.speculation.how),
             modes: Modes::new(caps, features.allowed_cr4()),
             cr2: 0,
             cr8: 0,
@@ -186,10 +187,9 @@ impl<H: Host> Inner<H> {
             answers: try_box(Answers::default())?,
             features,
             cpuid_version,
-            launched: false,
             primary: setup::primary(caps).bits(),
             tsc_offset: guest.tsc_offset(),
-            on_loan: false,
+            unknown_msrs: try_box([(0, 0); UNKNOWN_MSRS])?,
             pending_in: None,
             pdptes_stale: false,
             unfinished: None,
@@ -201,6 +201,16 @@ impl<H: Host> Inner<H> {
             dead: false,
             exits: try_box([0; ExitReason::COUNT])?,
         })
+    }
+
+    /// Counts an MSR that the guest asked for in vain; the first few numbers.
+    #[cold]
+    fn count_unknown_msr(&mut self, number: u32) {
+        let place = |entry: &&mut (u32, u32)| entry.0 == number || entry.1 == 0;
+        if let Some((slot, count)) = self.unknown_msrs.iter_mut().find(place) {
+            *slot = number;
+            *count = count.saturating_add(1);
+        }
     }
 
     /// Drops what the last RUN left unfinished: the client moved the vCPU to
@@ -415,7 +425,8 @@ impl<H: Host> Drop for Vcpu<H> {
         // The processor must let go of the VMCS before its page is freed.
         let operation = self.guest().membership().platform().operation();
         operation.release(self.place);
-        let exits = &self.inner.get_mut().exits;
+        let inner = self.inner.get_mut();
+        let (exits, unknown) = (&inner.exits, &inner.unknown_msrs);
         log::info!(
             "VM {} vCPU {}: {} exits",
             self.number.guest.membership().number(),
@@ -426,6 +437,9 @@ impl<H: Host> Drop for Vcpu<H> {
             if *count != 0 {
                 log::info!("  {count} {}", reason.text());
             }
+        }
+        for (number, count) in unknown.iter().filter(|(_, count)| *count != 0) {
+            log::info!("  {count} #GP for MSR {number:#x}");
         }
     }
 }

@@ -2,8 +2,9 @@
 //! the store for those that no VMCS field and no processor register holds.
 //!
 //! The list is HAXM's, so that GET_MSRS and SET_MSRS take what clients send.
-//! An MSR that is not on it does not exist: #GP. SPEC_CTRL, PRED_CMD,
-//! ARCH_CAPABILITIES and XSS are not on it, and CPUID does not offer them.
+//! Added are those of speculation, where the host has them, and what current
+//! systems look at without asking CPUID. An MSR that is not on it does not exist:
+//! #GP, counted by number.
 //!
 //! Numbers and fields: SDM vol. 4, chapter 2, table 2-2 "IA-32 Architectural
 //! MSRs", unless a line says otherwise.
@@ -46,6 +47,12 @@ pub enum Msr {
     Pat,
     /// The [`MsrStore`], and nothing follows from a change.
     Stored,
+    /// IA32_SPEC_CTRL: `GuestRegs`, switched from its first use on.
+    SpecCtrl,
+    /// IA32_PRED_CMD and IA32_FLUSH_CMD: go to the processor at once.
+    Command,
+    /// IA32_ARCH_CAPABILITIES: of the capabilities.
+    ArchCapabilities,
     /// Nowhere: #GP.
     Unknown,
 }
@@ -92,6 +99,13 @@ pub fn classify(register: u32, features: &Features) -> Msr {
         msr::IA32_SYSENTER_ESP => Msr::SysenterEsp,
         msr::IA32_SYSENTER_EIP => Msr::SysenterEip,
         msr::IA32_PAT => Msr::Pat,
+        msr::IA32_SPEC_CTRL if features.allowed_spec_ctrl() != 0 => Msr::SpecCtrl,
+        msr::IA32_PRED_CMD if features.has(Feature::IBRS_IBPB) => Msr::Command,
+        msr::IA32_FLUSH_CMD if features.has(Feature::L1D_FLUSH) => Msr::Command,
+        msr::IA32_ARCH_CAPABILITIES if features.has(Feature::ARCH_CAPABILITIES) => {
+            Msr::ArchCapabilities
+        }
+        msr::IA32_XSS if !features.has(Feature::XSAVES) => Msr::Unknown,
         _ if Home::of(register).is_some() => Msr::Stored,
         _ => Msr::Unknown,
     }
@@ -114,6 +128,8 @@ enum Home {
     ReadOnly(u64),
     /// As `ReadOnly`, but SET_MSRS may write what it has read.
     Capability(u64),
+    /// Reads as 0, takes only 0.
+    Zero,
     /// Takes any write and forgets it, cannot be read.
     WriteOnly,
 }
@@ -144,6 +160,16 @@ impl Home {
             msr::IA32_FEATURE_CONTROL => {
                 Self::ReadOnly(msr::FEATURE_CONTROL_LOCKED | msr::FEATURE_CONTROL_VMXON)
             }
+            // Looked at without a CPUID bit. MSR_SMI_COUNT, MSR_CORE_THREAD_COUNT
+            // (one of each), MSR_PLATFORM_INFO (no CPUID faulting, so
+            // MISC_FEATURES_ENABLES stays 0), IA32_PERF_STATUS, MSR_TURBO_RATIO_LIMIT,
+            // last branch records, RAPL's units and energies: nothing to tell.
+            0x34 | 0xce | 0x198 | 0x1ad | 0x1db..=0x1de | 0x606 | 0x611 | 0x619 | 0x639 | 0x641 => {
+                Self::ReadOnly(0)
+            }
+            0x35 => Self::ReadOnly(0x1_0001),
+            // IA32_XSS: no supervisor state component is offered.
+            0x140 | msr::IA32_XSS => Self::Zero,
             // IA32_BIOS_UPDT_TRIG, IA32_BIOS_SIGN_ID (revision 0, in its high half).
             0x79 => Self::WriteOnly,
             0x8b => Self::Deaf(0x6731_1111),
@@ -156,7 +182,10 @@ impl Home {
             // EBC_HARD_POWERON to EBC_FREQUENCY_ID, IA32_PMC0 to 3, IA32_MCG_STATUS,
             // IA32_PERFEVTSEL0 to 3, IA32_DEBUGCTL, IA32_MC0_CTL2 to IA32_MC8_CTL2,
             // the counters' range, IA32_MC0_CTL to IA32_MC0_MISC.
+            // IA32_PERF_CTL and MSR_POWER_CTL are the host's business.
             0x2a..=0x2c
+            | 0x199
+            | 0x1fc
             | 0xc1..=0xc4
             | 0x17a
             | 0x186..=0x189
@@ -301,6 +330,7 @@ impl MsrStore {
             Home::Variable(place) => variable(place).ok_or(GpFault),
             Home::Fixed(place) => fixed(place).ok_or(GpFault),
             Home::Deaf(value) | Home::ReadOnly(value) | Home::Capability(value) => Ok(value),
+            Home::Zero => Ok(0),
             Home::WriteOnly => Err(GpFault),
         }
     }
@@ -336,6 +366,7 @@ impl MsrStore {
                 self.mtrr_fixed.get_mut(place as usize),
             ),
             Home::Deaf(_) | Home::WriteOnly => (true, None),
+            Home::Zero => (value == 0, None),
             Home::Capability(has) => (!by_guest && value == has, None),
             Home::ReadOnly(_) => (false, None),
         };

@@ -53,6 +53,19 @@ const fn place(register: u32, low: u32, high: u32) -> Option<(u32, u8)> {
     Some((map.wrapping_add(index >> 3), bit))
 }
 
+/// Byte and bit that make a read or a write of `register` exit; `None` for one
+/// that always exits.
+#[must_use]
+pub fn place_of(register: u32, write: bool) -> Option<(u16, u8)> {
+    let (low, high) = if write {
+        (WRITE_LOW, WRITE_HIGH)
+    } else {
+        (READ_LOW, READ_HIGH)
+    };
+    let (byte, bit) = place(register, low, high)?;
+    Some((u16::try_from(byte).ok()?, bit))
+}
+
 fn cleared(offset: u32, registers: &[u32], low: u32, high: u32) -> u8 {
     registers
         .iter()

@@ -4,10 +4,10 @@ use abi::msr::{MAX_MSRS, MsrData};
 
 use super::msr::{self, GpFault, Msr};
 use super::vmcs::Current;
-use super::{Inner, Vcpu};
+use super::{Inner, Vcpu, loan};
 use crate::Error;
 use crate::arch::field;
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, how};
 use crate::host::Host;
 
 /// Reads an MSR of the guest.
@@ -30,7 +30,7 @@ pub fn read<H: Host>(
         Msr::FsBase => current.read(field::GUEST_FS_BASE),
         Msr::GsBase => current.read(field::GUEST_GS_BASE),
         Msr::Switched => {
-            if inner.on_loan {
+            if inner.registers.general.on_loan != 0 {
                 // SWAPGS may have changed it since the entry.
                 inner.switched.fetch(current.cpu());
             }
@@ -40,8 +40,20 @@ pub fn read<H: Host>(
         Msr::SysenterEsp => current.read(field::GUEST_SYSENTER_ESP),
         Msr::SysenterEip => current.read(field::GUEST_SYSENTER_EIP),
         Msr::ApicBase | Msr::Pat | Msr::Stored => inner.msrs.read(register)?,
-        Msr::Unknown => return Err(GpFault),
+        Msr::SpecCtrl => inner.registers.general.spec_ctrl,
+        Msr::ArchCapabilities => vcpu
+            .guest()
+            .caps()
+            .speculation
+            .arch_capabilities
+            .ok_or(GpFault)?,
+        Msr::Command | Msr::Unknown => return Err(GpFault),
     })
+}
+
+/// The guest has no such register.
+pub fn is_unknown<H: Host>(inner: &Inner<H>, register: u32) -> bool {
+    msr::classify(register, &inner.features) == Msr::Unknown
 }
 
 /// Writes an MSR of the guest. `by_guest`: WRMSR rather than SET_MSRS.
@@ -83,6 +95,35 @@ pub fn write<H: Host>(
             inner.msrs.write(register, value, &features, by_guest)?;
             current.write(field::GUEST_PAT, inner.msrs.pat());
         }
+        Msr::SpecCtrl => {
+            if value & !features.allowed_spec_ctrl() != 0 {
+                return Err(GpFault);
+            }
+            let registers = &mut inner.registers.general;
+            registers.spec_ctrl = value;
+            // Nobody pays for the switch before the first bit is set; then the
+            // guest has the register to itself.
+            if value != 0 && registers.how & how::SPEC_CTRL == 0 {
+                registers.how |= how::SPEC_CTRL | how::CHANGED;
+                loan::pass_through(&vcpu.msr_bitmap, register, false);
+                loan::pass_through(&vcpu.msr_bitmap, register, true);
+            }
+        }
+        Msr::Command => {
+            if value & !1 != 0 {
+                return Err(GpFault);
+            }
+            if by_guest && value != 0 {
+                current.command(register);
+                loan::pass_through(&vcpu.msr_bitmap, register, true);
+            }
+        }
+        Msr::ArchCapabilities => {
+            let has = vcpu.guest().caps().speculation.arch_capabilities;
+            if by_guest || has != Some(value) {
+                return Err(GpFault);
+            }
+        }
         Msr::Unknown => return Err(GpFault),
         _ => {
             let value = msr::accept(register, value, &features)?;
@@ -94,7 +135,7 @@ pub fn write<H: Host>(
                 Msr::SysenterEsp => current.write(field::GUEST_SYSENTER_ESP, value),
                 Msr::SysenterEip => current.write(field::GUEST_SYSENTER_EIP, value),
                 _ if inner.switched.set(register, value) => {
-                    if inner.on_loan {
+                    if inner.registers.general.on_loan != 0 {
                         inner.switched.put(current.cpu(), register);
                     }
                 }

@@ -29,6 +29,13 @@ pub struct Registers {
 }
 
 impl Registers {
+    /// All 0; `how` the guest is entered.
+    pub fn new(how: u64) -> Self {
+        let mut this = Self::default();
+        this.general.how = how;
+        this
+    }
+
     /// RIP.
     #[inline]
     pub fn rip<H: Host>(&mut self, current: &Current<'_, H>) -> u64 {

@@ -189,7 +189,7 @@ impl<H: Host> Vcpu<H> {
             current.write(field::TSC_OFFSET, offset);
         }
         inner.switched.load(cpu, inner.modes.has_syscall());
-        inner.on_loan = true;
+        inner.registers.general.on_loan = 1;
         inner.debug.load(cpu);
         self.guest().set_position(self.id(), cpu_number);
         let mut left = EXITS_PER_LOAN;
@@ -209,7 +209,7 @@ impl<H: Host> Vcpu<H> {
         let ready = next == Next::Leave(ExitStatus::Hlt) || self.is_ready(inner, current);
         self.channel.set_ready(u32::from(ready));
         inner.debug.restore(cpu);
-        inner.on_loan = false;
+        inner.registers.general.on_loan = 0;
         inner.switched.restore(cpu);
         inner.host_state.restore(self.guest().host());
         next

@@ -62,6 +62,10 @@ pub fn write_constant<H: Host>(current: &Current<'_, H>, caps: &Caps, pointers: 
     if caps.secondary.contains(Secondary::ENABLE_VPID) {
         current.write(field::VPID, pointers.vpid);
     }
+    if caps.has_xsaves {
+        // No XSAVES exits: IA32_XSS is 0 in the guest.
+        current.write(field::XSS_EXITING_BITMAP, 0);
+    }
     if caps.secondary.contains(Secondary::PAUSE_LOOP_EXITING) {
         current.write(field::PLE_GAP, PLE_GAP);
         current.write(field::PLE_WINDOW, PLE_WINDOW);

@@ -71,6 +71,13 @@ impl<'a, H: Host> Current<'a, H> {
         }
     }
 
+    /// Writes 1 to IA32_PRED_CMD or IA32_FLUSH_CMD, for the guest.
+    pub fn command(&self, register: u32) {
+        // SAFETY: the guest's CPUID has the register only if the host's has; the
+        // write only costs time.
+        unsafe { self.cpu.wrmsr(register, 1) };
+    }
+
     /// VMREAD of any field, for a dump; `None` if the processor has none such.
     #[cold]
     #[inline(never)]

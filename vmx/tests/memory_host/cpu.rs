@@ -60,6 +60,6 @@ impl Cpu for NoCpu {
         #[raw] fn vmwrite(field: u32, value: u64) -> Result<(), VmxFailure>;
         #[raw] fn invept(kind: InveptKind, eptp: u64) -> Result<(), VmxFailure>;
         #[raw] fn invvpid(kind: InvvpidKind, vpid: u16, address: u64) -> Result<(), VmxFailure>;
-        #[raw] fn enter(regs: &mut GuestRegs, launched: bool) -> Result<(), VmxFailure>;
+        #[raw] fn enter(regs: &mut GuestRegs) -> Result<(), VmxFailure>;
     }
 }

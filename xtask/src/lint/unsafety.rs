@@ -18,6 +18,7 @@ const FILES: &[&str] = &[
     "driver/linux/src/shared.rs",
     "driver/linux/src/user.rs",
     "vmx/src/caps.rs",
+    "vmx/src/caps/speculation.rs",
     "vmx/src/cpu/mod.rs",
     "vmx/src/cpu/native.rs",
     "vmx/src/fallible.rs",

@@ -25,6 +25,8 @@ pub const CASES: &[Case] = &[
     case!(tsc_adjust),
     case!(microcode in LONG),
     case!(misc_enable in LONG),
+    case!(speculation),
+    case!(looked_at_without_asking),
     case!(fs_and_gs_base in LONG),
 ];
 
@@ -388,5 +390,101 @@ fn fs_and_gs_base(mode: Mode) -> Outcome {
         (modes::DATA, modes::DATA + 1),
         "bases"
     );
+    Ok(())
+}
+
+/// IA32_SPEC_CTRL and the others, where the processor has them; #GP where it has not.
+fn speculation() -> Outcome {
+    let machine = machine()?;
+    let code = guest!(64: "mov eax, 7", "xor ecx, ecx", "cpuid", "hlt");
+    machine.ram.write(modes::CODE, code.bits64);
+    machine.expect(&[halt()])?;
+    let features = machine.regs()?.rdx;
+    let (spec, flush, caps) = (features >> 26 & 1, features >> 28 & 1, features >> 29 & 1);
+    for (msr, there) in [(0x48, spec), (0x10a, caps)] {
+        let value = guest_reads(&machine, msr)?;
+        same!(value.is_some(), there == 1, "RDMSR {msr:#x}");
+    }
+    for (msr, there) in [(0x49, spec), (0x10b, flush)] {
+        same!(guest_reads(&machine, msr)?, None, "RDMSR {msr:#x}");
+        same!(
+            guest_writes(&machine, msr, 2)?,
+            false,
+            "reserved bit of {msr:#x}"
+        );
+        for _ in 0..3 {
+            same!(
+                guest_writes(&machine, msr, 1)?,
+                there == 1,
+                "WRMSR {msr:#x}"
+            );
+        }
+    }
+    same!(
+        guest_writes(&machine, 0x10a, 0)?,
+        false,
+        "WRMSR of the capabilities"
+    );
+    same!(
+        guest_writes(&machine, 0x48, 1 << 20)?,
+        false,
+        "reserved bit of IA32_SPEC_CTRL"
+    );
+    if spec == 1 {
+        for value in [0, 1, 3, 2] {
+            same!(
+                guest_writes(&machine, 0x48, value)?,
+                true,
+                "IA32_SPEC_CTRL = {value}"
+            );
+            same!(guest_reads(&machine, 0x48)?, Some(value), "IA32_SPEC_CTRL");
+            same!(machine.vcpu.msrs(&[0x48])?, [value], "GET_MSRS");
+        }
+        // The guest has it to itself, and the host its own.
+        same!(machine.vcpu.set_msrs(&[(0x48, 1)])?, 1, "SET_MSRS");
+        same!(guest_reads(&machine, 0x48)?, Some(1), "after SET_MSRS");
+        same!(
+            guest_writes(&machine, 0x48, 1 << 20)?,
+            false,
+            "reserved bit, later"
+        );
+    }
+    Ok(())
+}
+
+/// What systems read without a CPUID bit that says they may.
+fn looked_at_without_asking() -> Outcome {
+    let machine = machine()?;
+    for (msr, value) in [
+        (0x34, 0),
+        (0x35, 0x1_0001),
+        (0xce, 0),
+        (0x140, 0),
+        (0x198, 0),
+        (0x199, 0),
+        (0x1ad, 0),
+        (0x1db, 0),
+        (0x1fc, 0),
+        (0x606, 0),
+        (0x611, 0),
+        (0x641, 0),
+    ] {
+        same!(guest_reads(&machine, msr)?, Some(value), "RDMSR {msr:#x}");
+    }
+    for (msr, value, taken) in [
+        (0x199, 0x1800, true),
+        (0x1fc, 1, true),
+        (0x140, 0, true),
+        (0x140, 1, false),
+        (0x34, 1, false),
+        (0xce, 0, false),
+        (0x606, 0, false),
+        (0x6e0, 0, false),
+        (0x808, 0, false),
+        (0x4000_0000, 0, false),
+    ] {
+        same!(guest_writes(&machine, msr, value)?, taken, "WRMSR {msr:#x}");
+    }
+    same!(guest_reads(&machine, 0x199)?, Some(0), "IA32_PERF_CTL");
     Ok(())
 }

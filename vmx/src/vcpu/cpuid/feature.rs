@@ -67,6 +67,8 @@ pub(super) enum Need {
     Invpcid,
     /// XCR0 exists for the guest.
     Xsave,
+    /// XCR0 exists, and the secondary control without which XSAVES is #UD is 1.
+    Xsaves,
     /// The guest can set XCR0.AVX.
     Avx,
     /// The guest can set XCR0's AVX-512 bits.
@@ -100,8 +102,8 @@ macro_rules! features {
 // x2APIC, TSC-deadline: the client's APIC has neither. MONITOR, VMX, SMX: their
 // instructions are not virtualised. DTES64, DS, PDCM, PBE: no PMU state is
 // switched. EIST, TM, TM2, ACPI: no MSRs behind them. PKU, CET, LA57, MPX, AMX,
-// Key Locker, XSAVES, WAITPKG: state or a control that is not switched. HLE,
-// RTM: gone from most processors. SPEC_CTRL's group: its MSRs are not switched.
+// Key Locker, WAITPKG: state or a control that is not switched. HLE,
+// RTM: gone from most processors.
 features! {
     FPU "x87." Leaf1Edx 0 Need::Host;
     VME "Virtual-8086 extensions." Leaf1Edx 1 Need::Host;
@@ -186,6 +188,11 @@ features! {
     MD_CLEAR "VERW clears buffers." Leaf7Edx 10 Need::Host;
     SERIALIZE "SERIALIZE." Leaf7Edx 14 Need::Host;
     AVX512_FP16 "AVX-512 FP16." Leaf7Edx 23 Need::Avx512;
+    IBRS_IBPB "IA32_SPEC_CTRL.IBRS and IA32_PRED_CMD." Leaf7Edx 26 Need::Host;
+    STIBP "IA32_SPEC_CTRL.STIBP." Leaf7Edx 27 Need::Host;
+    L1D_FLUSH "IA32_FLUSH_CMD." Leaf7Edx 28 Need::Host;
+    ARCH_CAPABILITIES "IA32_ARCH_CAPABILITIES." Leaf7Edx 29 Need::Host;
+    SSBD "IA32_SPEC_CTRL.SSBD." Leaf7Edx 31 Need::Host;
 
     AVX_VNNI "AVX VNNI." Leaf7Sub1Eax 4 Need::Avx;
     AVX512_BF16 "AVX-512 BF16." Leaf7Sub1Eax 5 Need::Avx512;
@@ -196,6 +203,7 @@ features! {
     XSAVEOPT "XSAVEOPT." LeafDSub1Eax 0 Need::Xsave;
     XSAVEC "XSAVEC and compacted XRSTOR." LeafDSub1Eax 1 Need::Xsave;
     XGETBV1 "XGETBV with ECX = 1." LeafDSub1Eax 2 Need::Xsave;
+    XSAVES "XSAVES and XRSTORS, of user state." LeafDSub1Eax 3 Need::Xsaves;
 
     LAHF "LAHF and SAHF in 64-bit mode." ExtendedEcx 0 Need::Host;
     LZCNT "LZCNT." ExtendedEcx 5 Need::Host;
@@ -299,6 +307,14 @@ impl Features {
         bits.set(Efer::LME | Efer::LMA, self.has(Feature::LM));
         bits.set(Efer::NXE, self.has(Feature::NX));
         bits.bits()
+    }
+
+    /// IA32_SPEC_CTRL bits that the guest may set; 0: it has no such register.
+    #[must_use]
+    pub fn allowed_spec_ctrl(&self) -> u64 {
+        u64::from(self.has(Feature::IBRS_IBPB))
+            | u64::from(self.has(Feature::STIBP)) << 1
+            | u64::from(self.has(Feature::SSBD)) << 2
     }
 
     /// Bits of a physical address, MAXPHYADDR.

@@ -155,7 +155,7 @@ fn only_what_is_virtualised_is_offered() {
     assert_eq!(leaf_1.ecx, 0xf6da_3203, "1.ecx {:#x}", leaf_1.ecx);
     assert_eq!(leaf_1.edx, 0x0f8b_fbff, "1.edx {:#x}", leaf_1.edx);
     let leaf_7 = table.lookup(7, 0, &UP);
-    let expected = result(1, 0xf1bf_27eb, 0x0040_5f46, 0x0080_4410);
+    let expected = result(1, 0xf1bf_27eb, 0x0040_5f46, 0xbc80_4410);
     assert_eq!(leaf_7, expected, "{leaf_7:#x?}");
     assert_eq!(table.lookup(7, 1, &UP), result(0x1c30, 0, 0, 0));
     let extended = table.lookup(0x8000_0001, 0, &UP);

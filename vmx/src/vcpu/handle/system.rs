@@ -79,6 +79,7 @@ pub fn rdmsr<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_
         }
         Err(_) => {
             log::debug!("RDMSR {msr:#x}: #GP");
+            inner.count_unknown_msr(msr);
             raise(vcpu, inner, Exception::gp(0))
         }
     }
@@ -100,6 +101,9 @@ pub fn wrmsr<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_
         }
         Err(_) => {
             log::debug!("WRMSR {msr:#x} = {value:#x}: #GP");
+            if msr_list::is_unknown(inner, msr) {
+                inner.count_unknown_msr(msr);
+            }
             raise(vcpu, inner, Exception::gp(0))
         }
     }

@@ -1,0 +1,93 @@
+//! What this processor gives away to code that speculates, and the registers by
+//! which that is held back.
+//!
+//! SDM vol. 4, table 2-2: IA32_SPEC_CTRL, IA32_PRED_CMD, IA32_FLUSH_CMD,
+//! IA32_ARCH_CAPABILITIES; vol. 2, CPUID, leaf 7, EDX 26 to 31.
+
+use crate::arch::msr;
+use crate::cpu::{Cpu, how};
+use crate::host::Mitigations;
+
+/// IA32_ARCH_CAPABILITIES, the bits that are used here.
+mod cap {
+    pub const RDCL_NO: u64 = 1 << 0;
+    pub const IBRS_ALL: u64 = 1 << 1;
+    pub const SKIP_L1DFL_VMENTRY: u64 = 1 << 3;
+    pub const MDS_NO: u64 = 1 << 5;
+    pub const FBSDP_NO: u64 = 1 << 14;
+    pub const FB_CLEAR: u64 = 1 << 17;
+    pub const PBRSB_NO: u64 = 1 << 24;
+    pub const RFDS_NO: u64 = 1 << 27;
+    pub const RFDS_CLEAR: u64 = 1 << 28;
+}
+
+/// Bits of IA32_ARCH_CAPABILITIES that are true of a guest too: what it need not
+/// fear, and how its own VERW works. Not those that announce further registers.
+const FOR_GUESTS: u64 = 0x7f | 1 << 8 | 7 << 13 | 1 << 17 | 3 << 19 | 1 << 24 | 7 << 26;
+
+/// What the processor needs and has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Speculation {
+    /// IA32_FLUSH_CMD exists.
+    pub has_flush: bool,
+    /// IA32_ARCH_CAPABILITIES for a guest; `None`: there is none.
+    pub arch_capabilities: Option<u64>,
+    /// What each entry has to do: bits of [`how`].
+    pub how: u64,
+}
+
+impl Speculation {
+    /// Asks the processor that this runs on.
+    pub fn examine(cpu: &impl Cpu) -> Self {
+        let features = if cpu.cpuid(0, 0).eax >= 7 {
+            cpu.cpuid(7, 0).edx
+        } else {
+            0
+        };
+        let has = |bit: u32| features >> bit & 1 != 0;
+        let known = has(29).then(|| {
+            // SAFETY: CPUID.7.0:EDX[29] says that the register exists.
+            #[expect(unsafe_code)]
+            // UNSAFETY: RDMSR of a register that was just shown to exist.
+            unsafe {
+                cpu.rdmsr(msr::IA32_ARCH_CAPABILITIES)
+            }
+        });
+        let bits = known.unwrap_or(0);
+        let safe = |bit: u64| bits & bit != 0;
+        let (clears, has_flush) = (has(10), has(28));
+        let leaks_buffers = (clears && !safe(cap::MDS_NO))
+            || (safe(cap::FB_CLEAR) && !safe(cap::FBSDP_NO))
+            || (safe(cap::RFDS_CLEAR) && !safe(cap::RFDS_NO));
+        let leaks_l1d = has_flush && !safe(cap::RDCL_NO) && !safe(cap::SKIP_L1DFL_VMENTRY);
+        let mut how = 0;
+        if leaks_buffers {
+            how |= how::CLEAR_BUFFERS;
+        }
+        if leaks_l1d {
+            how |= how::FLUSH_L1D;
+        }
+        if !(safe(cap::IBRS_ALL) && safe(cap::PBRSB_NO)) {
+            how |= how::FILL_RETURNS;
+        }
+        Self {
+            has_flush,
+            arch_capabilities: known.map(|bits| (bits & FOR_GUESTS) | cap::SKIP_L1DFL_VMENTRY),
+            how,
+        }
+    }
+
+    /// Does what the host wants of it.
+    pub fn settle(&mut self, wanted: Mitigations) {
+        match wanted {
+            Mitigations::Off => self.how = 0,
+            Mitigations::Needed => {}
+            Mitigations::All => {
+                self.how |= how::CLEAR_BUFFERS | how::FILL_RETURNS;
+                if self.has_flush {
+                    self.how |= how::FLUSH_L1D;
+                }
+            }
+        }
+    }
+}
