@@ -201,7 +201,7 @@ impl<H: Host> Operation<H> {
     /// Interrupts are off.
     fn enter_here(&self) -> Result<(), NotLoaded> {
         if self.asleep.load(Ordering::Relaxed) {
-            return Err(NotLoaded);
+            return Err(NotLoaded::Refused);
         }
         let cpu = self.host.cpu();
         let Some(here) = self.cpus.get(self.host.current_cpu()) else {

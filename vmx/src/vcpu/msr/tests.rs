@@ -286,7 +286,7 @@ fn constants_are_haxm_s() {
         (0xc1, 0, true),
         (0xcd, 4, false),
         (0xee, 0x8679_1b00, false),
-        (0xfe, 0x50a, false),
+        (0xfe, 0x508, false),
         (0x11e, 0xbe70_2111, false),
         (0x179, 1, false),
         (0x17a, 0, true),
@@ -308,8 +308,8 @@ fn constants_are_haxm_s() {
     }
     assert_eq!(store.read(0x79), Err(GpFault));
     assert_eq!(store.write(0x79, 0x1234, &features, true), Ok(()));
-    assert_eq!(store.write(0xfe, 0x50a, &features, false), Ok(()));
-    assert_eq!(store.write(0xfe, 0x508, &features, false), Err(GpFault));
+    assert_eq!(store.write(0xfe, 0x508, &features, false), Ok(()));
+    assert_eq!(store.write(0xfe, 0x50a, &features, false), Err(GpFault));
     assert_eq!(store.read(0x478), Ok(!0));
     assert_eq!(store.write(0x478, 5, &features, true), Ok(()));
     assert_eq!(store.read(0x478), Ok(5));
