@@ -113,7 +113,8 @@ impl Stage {
                 (outcome, judged)
             }
             Self::Vectors(registers) => {
-                let outcome = vectors::run(parts, self.flavour(), *registers, &mut serial)?;
+                let pc = run::machine(parts, self.flavour());
+                let outcome = vectors::run(parts, pc, *registers, &mut serial)?;
                 let judged = vectors::judge(&outcome, *registers);
                 (outcome, judged)
             }

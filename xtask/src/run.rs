@@ -118,14 +118,14 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
         options.cpus
     );
     let serial = &mut std::io::stdout();
+    let pc = machine(&parts, options.flavour).cpus(options.cpus);
     let (outcome, judged) = match options.vectors {
         Some(registers) => {
-            let outcome = vectors::run(&parts, options.flavour, registers, serial)?;
+            let outcome = vectors::run(&parts, pc, registers, serial)?;
             let judged = vectors::judge(&outcome, registers);
             (outcome, judged)
         }
         None => {
-            let pc = machine(&parts, options.flavour).cpus(options.cpus);
             let outcome = boot(&parts, &options.boot, pc, serial)?;
             let judged = judge(&outcome);
             (outcome, judged)

@@ -1,11 +1,11 @@
 //! Vector registers of three owners at once: two guests, each with two processes that hold patterns in
-//! them, and a process of the emulated PC, all on one processor. None may see another's.
+//! them, and a process of the emulated PC, on one processor if it has no more. None may see another's.
 
 use std::io::Write;
 
 use anyhow::{Result, ensure};
 use testbed::client::{Boot, Machine, guest_init};
-use testbed::{Flavour, Outcome, WorkFolder, cpu};
+use testbed::{Outcome, Pc, WorkFolder, cpu};
 
 use crate::{run, setup};
 
@@ -39,18 +39,18 @@ impl Registers {
     }
 }
 
-/// Runs all three on the emulated PC.
+/// Runs all three on this emulated PC of [`run::machine`].
 ///
 /// # Errors
 /// The emulated PC could not be started. What happens in it is in the outcome.
 pub(crate) fn run(
     parts: &setup::Parts,
-    flavour: Flavour,
+    pc: Pc,
     registers: Registers,
     serial: &mut dyn Write,
 ) -> Result<Outcome> {
     let program = guest_init::ensure_vectors(&WorkFolder::open()?)?;
-    let mut pc = run::machine(parts, flavour)
+    let mut pc = pc
         .cpu(registers.cpu())
         // Otherwise a later model's kernel believes CPUID, and every pause is very long.
         .append("tsc_early_khz=50000")
