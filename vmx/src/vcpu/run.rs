@@ -333,9 +333,13 @@ impl<H: Host> Vcpu<H> {
         }
     }
 
-    /// INTERRUPT would be queued, and delivered at the next entry.
+    /// A vector that INTERRUPT queues is delivered at the next entry, if its
+    /// priority exceeds the TPR. One that the TPR holds back is in nobody's way: a
+    /// higher one must get past it.
     fn is_ready(&self, inner: &mut Inner<H>, current: &Current<'_, H>) -> bool {
-        self.vectors.is_empty() && !inner.events.is_waiting() && can_interrupt(inner, current)
+        self.vectors.deliverable(inner.cr8 << 4).is_none()
+            && !inner.events.is_waiting()
+            && can_interrupt(inner, current)
     }
 
     /// An EPT violation.

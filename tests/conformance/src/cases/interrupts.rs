@@ -25,6 +25,7 @@ pub const CASES: &[Case] = &[
     case!(mov_ss_shadow in WIDE),
     case!(popf_has_no_shadow in SIZES),
     case!(cr8_holds_back in LONG),
+    case!(cr8_holds_back_only_what_is_below in LONG),
     case!(cr8_keeps_its_value in LONG),
     case!(cr8_reserved_bits in LONG),
     case!(software_interrupt in ALL),
@@ -269,6 +270,28 @@ fn cr8_holds_back(mode: Mode) -> Outcome {
         out(0x81, 1, 4),
         halt(),
     ])
+}
+
+/// A vector behind the TPR must not keep a client from queueing a higher one: the guest may spin for it. The
+/// window opens although the lower one waits.
+fn cr8_holds_back_only_what_is_below(mode: Mode) -> Outcome {
+    let code = guest!(64:
+        "mov eax, 5", "mov cr8, rax", "sti", "nop", "out 0x80, al", "nop", "out 0x81, al",
+        "xor eax, eax", "mov cr8, rax", "nop", "hlt");
+    let machine = Machine::new(mode, code)?;
+    let tunnel = machine.vcpu.tunnel;
+    machine.expect(&[out(0x80, 1, 5)])?;
+    same!(tunnel.ready(), 1, "ready");
+    machine.vcpu.interrupt(0x51)?;
+    machine.expect(&[out(0x81, 1, 5)])?;
+    same!(tunnel.ready(), 1, "ready, with a vector behind the TPR");
+    let rip = machine.regs()?.rip;
+    tunnel.set_window(1);
+    until_window(&machine)?;
+    same!(machine.regs()?.rip, rip, "RIP: nothing was executed");
+    machine.vcpu.interrupt(0x81)?;
+    tunnel.set_window(0);
+    machine.expect(&[vector(0x81), vector(0x51), halt()])
 }
 
 fn cr8_keeps_its_value(mode: Mode) -> Outcome {
