@@ -10,7 +10,7 @@ use crate::modes::{CODE, DATA, DEVICE, Mode, RAM_SIZE, selector};
 
 pub const CASES: &[Case] = &[
     case!(descriptors_in_rom in WIDE),
-    case!(descriptor_in_rom_that_may_not_be_loaded in WIDE),
+    case!(segment_that_may_not_be_loaded in WIDE),
     case!(shadow_of_a_segment_in_rom in WIDE),
     case!(segment_from_a_device in SIZES),
     case!(far_pointer_from_a_device in WIDE32),
@@ -102,18 +102,24 @@ fn descriptors_in_rom(mode: Mode) -> Outcome {
     Ok(())
 }
 
-/// The checks come first, with the error code they have in RAM.
-fn descriptor_in_rom_that_may_not_be_loaded(mode: Mode) -> Outcome {
-    // Code of ring 0 that may not be read, into DS.
-    let machine = Machine::new(mode, guest!("mov eax, 0x58", "mov ds, eax", "hlt"))?;
-    machine.ram.write_u64(GDT + 0x58, 0x00cf_9800_0000_ffff);
-    gdt_in_rom(&machine, &[selector::DATA, 0x58])?;
-    machine.expect(&[crate::exit::fault_code(13, 0x58)])?;
-    same!(
-        machine.frame_rip(true)?,
-        mode.entry() + 5,
-        "RIP in the frame"
-    );
+/// The checks are the processor's, with the selector as error code.
+fn segment_that_may_not_be_loaded(mode: Mode) -> Outcome {
+    // Code that may not be read; data that is not present; beyond the table.
+    for (vector, selector) in [(13, 0x58), (11, 0x50), (13, 0x7f8)] {
+        let machine = Machine::new(mode, guest!("nop", "mov ds, [edi]", "hlt"))?;
+        machine.ram.write_u64(GDT + 0x58, 0x00cf_9800_0000_ffff);
+        machine.ram.write_u64(GDT + 0x50, 0x00cf_1200_0000_ffff);
+        machine.set(|state| state.rdi = DEVICE)?;
+        machine.expect(&[
+            read(DEVICE, 2, selector),
+            crate::exit::fault_code(vector, selector),
+        ])?;
+        same!(
+            machine.frame_rip(true)?,
+            mode.entry() + 1,
+            "RIP in the frame"
+        );
+    }
     Ok(())
 }
 
@@ -128,7 +134,7 @@ fn shadow_of_a_segment_in_rom(mode: Mode) -> Outcome {
         "hlt"
     );
     let machine = Machine::new(mode, code)?;
-    gdt_in_rom(&machine, &[selector::DATA, 0x58])?;
+    gdt_in_rom(&machine, &[selector::DATA])?;
     // STI's own shadow ends with MOV SS.
     machine.vcpu.interrupt(0x52)?;
     machine.expect(&[crate::exit::vector(0x52)])?;

@@ -431,6 +431,8 @@ fn int_through_missing_gate(mode: Mode) -> Outcome {
     machine.expect(&[fault_code(13, 0x50 << 3 | 2)])
 }
 
+/// The processor makes this one: the second fault is its own. What the driver pairs is
+/// task_switch/pairs_of_exceptions.
 fn double_fault(mode: Mode) -> Outcome {
     let machine = Machine::new(mode, guest!("mov ecx, 0x12345", "rdmsr", "hlt"))?;
     clear_gate(&machine, 13);
