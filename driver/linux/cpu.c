@@ -131,10 +131,38 @@ void haxm_os_yield(void)
 	yield();
 }
 
+/* What is done on the way to user space, and not before: a signal, another thread's turn. */
+#define HAXM_EVENTS (_TIF_SIGPENDING | _TIF_NOTIFY_SIGNAL | _TIF_NEED_RESCHED | _TIF_NOTIFY_RESUME)
+
 u32 haxm_os_event_pending(void)
 {
-	return signal_pending(current) || need_resched() ||
-	       test_thread_flag(TIF_NOTIFY_RESUME);
+	return (READ_ONCE(current_thread_info()->flags) & HAXM_EVENTS) != 0;
+}
+
+/*
+ * The FPU functions mask preemption, and want interrupts on. The events are
+ * looked at when no interrupt can bring one any more: what comes later
+ * interrupts the guest.
+ */
+int haxm_os_guest_begin(void)
+{
+	kernel_fpu_begin();
+	local_irq_disable();
+	if (unlikely(READ_ONCE(current_thread_info()->flags) & HAXM_EVENTS)) {
+		local_irq_enable();
+		kernel_fpu_end();
+		return -1;
+	}
+	return raw_smp_processor_id();
+}
+
+void haxm_os_guest_end(void)
+{
+#ifdef CONFIG_X86_IOPL_IOPERM
+	invalidate_tss_limit();
+#endif
+	local_irq_enable();
+	kernel_fpu_end();
 }
 
 void haxm_os_fpu_begin(void)

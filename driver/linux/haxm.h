@@ -56,6 +56,8 @@ u32 haxm_os_mitigations(void);
 void haxm_os_guest_left(void);
 u32 haxm_os_event_pending(void);
 void haxm_os_yield(void);
+int haxm_os_guest_begin(void);
+void haxm_os_guest_end(void);
 void haxm_os_fpu_begin(void);
 void haxm_os_fpu_end(void);
 u64 haxm_os_monotonic_ns(void);

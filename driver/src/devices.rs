@@ -57,6 +57,8 @@ pub struct Devices<S: Shim> {
     pub(crate) shim: S,
     pub(crate) core: Shared<S::Core>,
     pub(crate) os: Os,
+    /// The number of RUN.
+    run: u32,
     table: Lock<S::Mutex, Table<S::Core>>,
     handles: AtomicU32,
     system_handles: AtomicU32,
@@ -77,6 +79,8 @@ impl<S: Shim> Devices<S> {
             shim,
             core,
             os,
+            // A system without it has no such number either.
+            run: os.number(Request::Run).unwrap_or(u32::MAX),
             table,
             handles: AtomicU32::new(0),
             system_handles: AtomicU32::new(0),
@@ -270,6 +274,26 @@ impl<S: Shim> Devices<S> {
 
     /// A request whose argument is an address in the caller, or nothing.
     pub fn ioctl(&self, opened: &Opened<S>, number: u32, argument: u64) -> Status {
+        // Far more often than all others together.
+        if number == self.run {
+            if let Object::Vcpu { vcpu, .. } = &opened.0 {
+                return match vcpu::run(&**vcpu) {
+                    Ok(()) => Status::DONE,
+                    Err(failure) => self.run_failed(failure),
+                };
+            }
+        }
+        self.ioctl_by_address(opened, number, argument)
+    }
+
+    #[cold]
+    fn run_failed(&self, failure: Failure) -> Status {
+        let run = Doing::Request(Device::Vcpu, Some(Request::Run));
+        status(self.os, run, failure)
+    }
+
+    #[inline(never)]
+    fn ioctl_by_address(&self, opened: &Opened<S>, number: u32, argument: u64) -> Status {
         let mut argument = UserArgument {
             shim: &self.shim,
             address: argument,

@@ -13,6 +13,12 @@ use crate::hypervisor::CoreVcpu;
 use crate::shim::Shim;
 use crate::status::Failure;
 
+/// RUN.
+pub(crate) fn run<V: CoreVcpu>(vcpu: &V) -> Result<(), Failure> {
+    vcpu.check_owner()?;
+    Ok(vcpu.run()?)
+}
+
 pub(crate) fn request<S: Shim, V: CoreVcpu, A: Argument>(
     devices: &Devices<S>,
     vcpu: &V,

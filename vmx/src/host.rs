@@ -42,6 +42,15 @@ pub enum Mitigations {
     All,
 }
 
+/// What [`Host::guest_begin`] took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// The processor.
+    pub cpu: usize,
+    /// What `interrupts_restore` needs.
+    pub saved: usize,
+}
+
 /// What an operating system must lend us.
 ///
 /// The value is a handle: cheap to clone, often of size zero.
@@ -166,6 +175,39 @@ pub unsafe trait Host: Clone + Send + Sync + 'static {
     /// # Safety
     /// Pairs with `fpu_begin`; XCR0 is the host's again.
     unsafe fn fpu_end(&self);
+
+    /// Takes this processor for a guest: the extended registers, as `fpu_begin`
+    /// does, preemption, and last the interrupts. `None` if by then an event is
+    /// pending; nothing is taken. Use [`Turn::new`].
+    ///
+    /// One call because it is made for each RUN: a host can do better than the
+    /// sum of the parts.
+    fn guest_begin(&self) -> Option<Taken> {
+        if self.event_pending() {
+            return None;
+        }
+        self.preempt_off();
+        self.fpu_begin();
+        let saved = self.interrupts_save();
+        Some(Taken {
+            cpu: self.current_cpu(),
+            saved,
+        })
+    }
+
+    /// Undoes `guest_begin`, `guest_left` included.
+    ///
+    /// # Safety
+    /// Pairs with a `guest_begin` of this thread; XCR0 and GDTR are the host's.
+    unsafe fn guest_end(&self, taken: Taken) {
+        self.guest_left();
+        // SAFETY: pairs with `guest_begin`, innermost first.
+        unsafe { self.interrupts_restore(taken.saved) };
+        // SAFETY: as above.
+        unsafe { self.fpu_end() };
+        // SAFETY: as above.
+        unsafe { self.preempt_on() };
+    }
 
     /// Nanoseconds from a clock that never steps.
     fn monotonic_ns(&self) -> u64;
@@ -425,6 +467,43 @@ impl<H: Host> Drop for Pinned<'_, H> {
     fn drop(&mut self) {
         // SAFETY: pairs with the `preempt_off` in `new`; not Send, so same thread.
         unsafe { self.host.preempt_on() };
+    }
+}
+
+/// A guest's turn on this processor: preemption and interrupts are masked, and
+/// the extended registers are ours. Ends when dropped.
+pub struct Turn<'h, H: Host> {
+    host: &'h H,
+    taken: Taken,
+    not_send: PhantomData<*const ()>,
+}
+
+impl<'h, H: Host> Turn<'h, H> {
+    /// Takes the processor; `None` if the host wants the thread for something
+    /// else.
+    #[inline]
+    pub fn new(host: &'h H) -> Option<Self> {
+        let taken = host.guest_begin()?;
+        Some(Self {
+            host,
+            taken,
+            not_send: PhantomData,
+        })
+    }
+
+    /// The processor, steady while this proof lives.
+    #[must_use]
+    pub fn cpu_number(&self) -> usize {
+        self.taken.cpu
+    }
+}
+
+impl<H: Host> Drop for Turn<'_, H> {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: pairs with the `guest_begin` in `new`; who puts another XCR0
+        // or GDTR in force puts the host's back before.
+        unsafe { self.host.guest_end(self.taken) };
     }
 }
 

@@ -19,6 +19,7 @@
 #![expect(unsafe_code)]
 
 use alloc::vec::Vec;
+use core::marker::PhantomData;
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use crate::arch::addr::Hpa;
@@ -28,7 +29,7 @@ use crate::arch::reg::Cr4;
 use crate::caps::Caps;
 use crate::cpu::Cpu;
 use crate::fallible::{NoMemory, TryPush};
-use crate::host::{Host, InterruptsOff, OwnedPage, Pinned};
+use crate::host::{Host, InterruptsOff, OwnedPage, Pinned, Turn};
 
 /// Most VMCSs at a time: 64 VMs of 16 vCPUs, the interface's limits.
 pub const MAX_VMCS: usize = 64 * 16;
@@ -304,7 +305,7 @@ impl<H: Host> Operation<H> {
     }
 
     /// VMCLEARs the VMCS wherever it is active. Not with interrupts off.
-    fn evict(&self, place: Place) {
+    pub fn evict(&self, place: Place) {
         let Some(active) = self.active.get(place.0) else {
             return;
         };
@@ -329,14 +330,55 @@ impl<H: Host> Operation<H> {
         pinned: &'a Pinned<'a, H>,
         place: Place,
     ) -> Result<Loan<'a, H>, NotLoaded> {
-        let active = self.active.get(place.0).ok_or(NotLoaded::Refused)?;
         let number = pinned.cpu_number();
-        let here = self.cpus.get(number).ok_or(NotLoaded::Refused)?;
-        let was = active.cpu.load(Ordering::SeqCst);
-        if was != number {
+        if self.is_elsewhere(place, number) {
             self.evict(place);
         }
         let off = InterruptsOff::new(&self.host);
+        self.load_here(place, number, Some(off))
+    }
+
+    /// The VMCS, if it is still current on the processor of a guest's turn.
+    #[inline]
+    pub fn still_loaded<'a>(&'a self, turn: &'a Turn<'a, H>, place: Place) -> Option<Loaded<'a>> {
+        let active = self.active.get(place.0)?;
+        let here = self.cpus.get(turn.cpu_number())?;
+        let is_it = here.ours.load(Ordering::Relaxed)
+            && here.current.load(Ordering::Relaxed) == active.vmcs.load(Ordering::Relaxed);
+        is_it.then_some(Loaded(PhantomData))
+    }
+
+    /// [`Operation::load`] in a guest's turn. [`Operation::evict`] was called
+    /// before it if the VMCS was elsewhere.
+    ///
+    /// # Errors
+    /// See [`NotLoaded`].
+    pub fn load_in_turn<'a>(
+        &'a self,
+        turn: &'a Turn<'a, H>,
+        place: Place,
+    ) -> Result<Loan<'a, H>, NotLoaded> {
+        self.load_here(place, turn.cpu_number(), None)
+    }
+
+    /// The VMCS is active on another processor than this one.
+    pub fn is_elsewhere(&self, place: Place, number: usize) -> bool {
+        let cpu = |active: &Active| active.cpu.load(Ordering::SeqCst);
+        self.active
+            .get(place.0)
+            .map(cpu)
+            .is_some_and(|cpu| cpu != number && cpu != NOWHERE)
+    }
+
+    /// Makes a VMCS current that is active here or nowhere. Interrupts are off.
+    fn load_here<'a>(
+        &'a self,
+        place: Place,
+        number: usize,
+        off: Option<InterruptsOff<'a, H>>,
+    ) -> Result<Loan<'a, H>, NotLoaded> {
+        let active = self.active.get(place.0).ok_or(NotLoaded::Refused)?;
+        let here = self.cpus.get(number).ok_or(NotLoaded::Refused)?;
         if !here.ours.load(Ordering::Relaxed) {
             return self.load_borrowed(active, here, off);
         }
@@ -379,7 +421,7 @@ impl<H: Host> Operation<H> {
         &'a self,
         active: &'a Active,
         here: &'a PerCpu<H>,
-        off: InterruptsOff<'a, H>,
+        off: Option<InterruptsOff<'a, H>>,
     ) -> Result<Loan<'a, H>, NotLoaded> {
         let cpu = self.host.cpu();
         self.enter_here()?;
@@ -434,10 +476,22 @@ pub struct Loan<'a, H: Host> {
     fresh: bool,
     moved: bool,
     borrowed: Option<Borrowed<'a, H>>,
-    _off: InterruptsOff<'a, H>,
+    /// Unless somebody else keeps them off.
+    _off: Option<InterruptsOff<'a, H>>,
 }
 
+/// A VMCS of ours is current on this processor, and interrupts are off, for as
+/// long as this lives.
+#[derive(Clone, Copy)]
+pub struct Loaded<'a>(PhantomData<&'a *const ()>);
+
 impl<H: Host> Loan<'_, H> {
+    /// What the loan keeps.
+    #[must_use]
+    pub fn loaded(&self) -> Loaded<'_> {
+        Loaded(PhantomData)
+    }
+
     /// It was not active here before: launch it.
     #[must_use]
     pub fn is_fresh(&self) -> bool {

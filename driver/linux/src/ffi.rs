@@ -40,6 +40,9 @@ unsafe extern "C" {
     pub(crate) safe fn haxm_os_guest_left();
     pub(crate) safe fn haxm_os_event_pending() -> u32;
     pub(crate) safe fn haxm_os_yield();
+    /// The processor's number, or negative: an event is pending, and nothing was taken.
+    pub(crate) safe fn haxm_os_guest_begin() -> c_int;
+    pub(crate) fn haxm_os_guest_end();
     pub(crate) safe fn haxm_os_fpu_begin();
     pub(crate) fn haxm_os_fpu_end();
     pub(crate) safe fn haxm_os_monotonic_ns() -> u64;

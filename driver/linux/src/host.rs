@@ -8,7 +8,7 @@ use core::ptr::NonNull;
 use vmx::arch::addr::Hpa;
 use vmx::cpu::native::Native;
 use vmx::fallible::NoMemory;
-use vmx::host::{CpuOffline, Host, HostPage, Mitigations};
+use vmx::host::{CpuOffline, Host, HostPage, Mitigations, Taken};
 
 use crate::lock::{Mutex, Spin};
 use crate::shared::Page;
@@ -144,6 +144,17 @@ unsafe impl Host for Linux {
 
     fn event_pending(&self) -> bool {
         ffi::haxm_os_event_pending() != 0
+    }
+
+    fn guest_begin(&self) -> Option<Taken> {
+        // Interrupts are on at a request, so there is nothing to save.
+        let cpu = usize::try_from(ffi::haxm_os_guest_begin()).ok()?;
+        Some(Taken { cpu, saved: 0 })
+    }
+
+    unsafe fn guest_end(&self, _: Taken) {
+        // SAFETY: the caller pairs it, and has put XCR0 and GDTR back.
+        unsafe { ffi::haxm_os_guest_end() };
     }
 
     fn fpu_begin(&self) {

@@ -260,7 +260,11 @@ impl Cpu for SimCpu {
             state.counts.xsave += 1;
             state.check_area(cpu, area.cast_const());
             let p = &state.cpus[cpu];
-            if p.cr4 >> 18 & 1 != 0 {
+            if mask != 0 && p.cr4 >> 18 & 1 == 0 {
+                state.finding("XSAVE without CR4.OSXSAVE");
+                return;
+            }
+            if mask != 0 {
                 // SAFETY: the caller gives an area of the right size.
                 unsafe { p.extended.xsave(profile, area, mask, p.xcr0) };
             } else {
@@ -279,7 +283,11 @@ impl Cpu for SimCpu {
                 state.finding("XRSTOR outside fpu_begin and fpu_end");
                 return;
             }
-            if p.cr4 >> 18 & 1 != 0 {
+            if mask != 0 && p.cr4 >> 18 & 1 == 0 {
+                state.finding("XRSTOR without CR4.OSXSAVE");
+                return;
+            }
+            if mask != 0 {
                 let xcr0 = p.xcr0;
                 // SAFETY: the caller gives an area of the right size.
                 let result = unsafe { p.extended.xrstor(profile, area, mask, xcr0) };

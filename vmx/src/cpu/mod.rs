@@ -191,15 +191,14 @@ pub trait Cpu: Send + Sync + 'static {
     /// is put back before the host uses its extended state.
     unsafe fn set_xcr0(&self, value: u64);
 
-    /// XSAVE of the components in `mask`, or FXSAVE where the host has not
-    /// enabled XSAVE.
+    /// XSAVE of the components in `mask`; with 0, FXSAVE.
     ///
     /// # Safety
-    /// `area` is 64-byte aligned, writable and as large as CPUID leaf 0xD says
+    /// `mask` is 0 unless CR4.OSXSAVE is set. `area` is 64-byte aligned, writable and as large as CPUID leaf 0xD says
     /// for the current XCR0 (512 bytes for FXSAVE).
     unsafe fn xsave(&self, area: *mut u8, mask: u64);
 
-    /// XRSTOR of the components in `mask`, or FXRSTOR.
+    /// XRSTOR of the components in `mask`; with 0, FXRSTOR.
     ///
     /// # Safety
     /// As [`Cpu::xsave`]; the area holds an image that the processor accepts.

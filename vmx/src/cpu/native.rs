@@ -261,8 +261,9 @@ impl Cpu for Native {
     }
 
     #[allow(clippy::cast_possible_truncation)]
+    #[inline]
     unsafe fn xsave(&self, area: *mut u8, mask: u64) {
-        if self.cr4() & (1 << 18) != 0 {
+        if mask != 0 {
             // SAFETY: the caller gives an area of the right size and alignment.
             unsafe {
                 asm!("xsave64 [{}]", in(reg) area, in("eax") mask as u32,
@@ -275,8 +276,9 @@ impl Cpu for Native {
     }
 
     #[allow(clippy::cast_possible_truncation)]
+    #[inline]
     unsafe fn xrstor(&self, area: *const u8, mask: u64) {
-        if self.cr4() & (1 << 18) != 0 {
+        if mask != 0 {
             // SAFETY: the caller gives an image that the processor accepts.
             unsafe {
                 asm!("xrstor64 [{}]", in(reg) area, in("eax") mask as u32,

@@ -80,8 +80,10 @@ pub struct Extended<H: Host> {
     opmask_offset: usize,
     /// The guest's XCR0.
     xcr0: u64,
-    /// The host's XCR0 while the guest's registers are in the processor.
+    /// The host's XCR0: a host sets it once, and on all processors alike.
     host_xcr0: u64,
+    /// What is in force, the host's but in the guest's turn.
+    in_force: u64,
     loaded: bool,
 }
 
@@ -92,6 +94,12 @@ impl<H: Host> Extended<H> {
     /// [`NoMemory`].
     pub fn new(host: &H) -> Result<Self, NoMemory> {
         let components = available(host.cpu());
+        let host_xcr0 = if components.is_empty() {
+            0
+        } else {
+            // SAFETY: components are only there if CR4.OSXSAVE is set.
+            unsafe { host.cpu().xcr0() }
+        };
         // SDM 13.2: EBX of leaf 0xD, subleaf n, is the offset of component n.
         let offset = |component| host.cpu().cpuid(0xd, component).ebx as usize;
         let mut this = Self {
@@ -102,7 +110,8 @@ impl<H: Host> Extended<H> {
             hi16_offset: offset(7),
             opmask_offset: offset(5),
             xcr0: Xcr0::X87.bits(),
-            host_xcr0: 0,
+            host_xcr0,
+            in_force: host_xcr0,
             loaded: false,
         };
         this.put(FCW, &FCW_RESET.to_le_bytes());
@@ -150,43 +159,38 @@ impl<H: Host> Extended<H> {
         }
     }
 
-    /// Gives the processor the guest's registers. Pinned.
-    pub fn load(&mut self, host: &H, osxsave: bool) {
-        host.fpu_begin();
-        let cpu = host.cpu();
+    /// Gives the processor the guest's registers, in the guest's turn.
+    #[inline]
+    pub fn load(&mut self, cpu: &H::Cpu, osxsave: bool) {
         // SAFETY: the area is a page of ours; its header came from XSAVE or
         // from `mark_legacy`, its MXCSR is masked in `set_fx`.
         unsafe { cpu.xrstor(self.area.pointer(), self.components.bits()) };
-        if !self.components.is_empty() {
-            // SAFETY: components are only there if CR4.OSXSAVE is set.
-            self.host_xcr0 = unsafe { cpu.xcr0() };
-        }
         self.loaded = true;
         self.apply_xcr0(cpu, osxsave);
     }
 
-    /// Gives the processor back to the host. Pinned, interrupts on.
-    pub fn save(&mut self, host: &H) {
-        let cpu = host.cpu();
+    /// Gives the processor back to the host, in the guest's turn.
+    #[inline]
+    pub fn save(&mut self, cpu: &H::Cpu) {
         self.apply_xcr0(cpu, false);
         self.loaded = false;
         // SAFETY: the area is a page of ours, and `available` checked that the
         // components fit.
         unsafe { cpu.xsave(self.area.pointer(), self.components.bits()) };
-        // SAFETY: pairs with `load`; XCR0 is the host's.
-        unsafe { host.fpu_end() };
     }
 
     /// Puts the XCR0 in force that the guest should see: its own while its
     /// CR4.OSXSAVE is set, the host's otherwise.
-    pub fn apply_xcr0(&self, cpu: &H::Cpu, osxsave: bool) {
+    #[inline]
+    pub fn apply_xcr0(&mut self, cpu: &H::Cpu, osxsave: bool) {
         if !self.loaded || self.components.is_empty() {
             return;
         }
         let wanted = if osxsave { self.xcr0 } else { self.host_xcr0 };
-        // SAFETY: components are only there if CR4.OSXSAVE is set.
-        if unsafe { cpu.xcr0() } != wanted {
-            // SAFETY: `set_xcr0` checked the value; `save` puts the host's back.
+        if self.in_force != wanted {
+            self.in_force = wanted;
+            // SAFETY: `set_xcr0` checked the value; `save` puts the host's
+            // back. Components are only there if CR4.OSXSAVE is set.
             unsafe { cpu.set_xcr0(wanted) };
         }
     }

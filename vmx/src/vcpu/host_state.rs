@@ -22,7 +22,10 @@ pub struct HostState {
     cr4: u64,
     fs_base: u64,
     gdtr: TableRegister,
+    /// What to put back, if `has_selectors`.
     selectors: Selectors,
+    /// Some register that a process may use holds a selector.
+    has_selectors: bool,
     dr7: u64,
     debugctl: u64,
 }
@@ -93,14 +96,35 @@ impl HostState {
             self.fs_base = fs_base;
             current.write(field::HOST_FS_BASE, fs_base);
         }
-        self.selectors = cpu.selectors();
+        let now = cpu.selectors();
+        self.has_selectors = now.ds | now.es | now.fs | now.gs | now.ldtr != 0;
+        if self.has_selectors {
+            self.selectors = now;
+        }
         self.dr7 = cpu.dr(7);
         self.debugctl = read_msr(cpu, msr::IA32_DEBUGCTL);
     }
 
     /// Puts back what the exits took. Interrupts are off.
-    pub fn restore<H: Host>(&self, host: &H) {
-        let cpu = host.cpu();
+    pub fn restore(&self, cpu: &impl Cpu) {
+        if self.has_selectors {
+            self.restore_selectors(cpu);
+        } else {
+            // SAFETY: it was read on this processor before the entry.
+            unsafe { cpu.restore_segmentation(self.gdtr, &Selectors::default()) };
+        }
+        if self.dr7 != DR7_AFTER_EXIT {
+            // SAFETY: the host's own value.
+            unsafe { cpu.set_dr(7, self.dr7) };
+        }
+        if self.debugctl != 0 {
+            // SAFETY: the host's own value.
+            unsafe { cpu.wrmsr(msr::IA32_DEBUGCTL, self.debugctl) };
+        }
+    }
+
+    #[cold]
+    fn restore_selectors(&self, cpu: &impl Cpu) {
         // The host's again by now; loading GS loses it.
         let kernel_gs = (self.selectors.gs != 0).then(|| read_msr(cpu, msr::IA32_KERNEL_GSBASE));
         // SAFETY: both were read on this processor before the entry.
@@ -113,14 +137,5 @@ impl HostState {
             // SAFETY: the value read before the entry; loading FS lost it.
             unsafe { cpu.wrmsr(msr::IA32_FS_BASE, self.fs_base) };
         }
-        if self.dr7 != DR7_AFTER_EXIT {
-            // SAFETY: the host's own value.
-            unsafe { cpu.set_dr(7, self.dr7) };
-        }
-        if self.debugctl != 0 {
-            // SAFETY: the host's own value.
-            unsafe { cpu.wrmsr(msr::IA32_DEBUGCTL, self.debugctl) };
-        }
-        host.guest_left();
     }
 }

@@ -3,14 +3,17 @@
 // UNSAFETY: INVVPID and INVEPT, the MSR bitmap's page, and VM entry.
 #![expect(unsafe_code)]
 
+use abi::tunnel::ExitStatus;
+
+use super::handle::{Next, Work};
 use super::vmcs::Current;
 use super::{Inner, Vcpu, msr_bitmap};
 use crate::Error;
 use crate::arch::ept::{EptVpidCaps, InveptKind, InvvpidKind};
 use crate::arch::field;
 use crate::cpu::{Cpu, VmxFailure, how};
-use crate::host::{CpuOffline, Host, OwnedPage, Pinned};
-use crate::operation::NotLoaded;
+use crate::host::{CpuOffline, Host, OwnedPage, Pinned, Turn};
+use crate::operation::{Loan, NotLoaded};
 
 /// How often a short access waits for another hypervisor to finish its VMXON.
 const TRIES: u32 = 1000;
@@ -37,26 +40,46 @@ pub fn pass_through<H: Host>(page: &OwnedPage<H>, register: u32, write: bool) {
 }
 
 impl<H: Host> Vcpu<H> {
-    /// Makes the VMCS current on `pinned`'s processor.
-    pub(super) fn load<'a>(
-        &'a self,
-        inner: &mut Inner<H>,
-        pinned: &'a Pinned<'a, H>,
-    ) -> Result<Current<'a, H>, NotLoaded> {
-        let platform = self.guest().membership().platform();
-        let loan = platform.operation().load(pinned, self.place)?;
-        let current = Current::new(platform.host(), loan);
-        if current.is_fresh() {
+    /// What follows from where the VMCS was before.
+    fn taken_up(inner: &mut Inner<H>, loan: &Loan<'_, H>, current: &Current<'_, H>) {
+        if loan.is_fresh() {
             inner.registers.general.how &= !how::LAUNCHED;
         }
-        if current.is_moved() {
+        if loan.is_moved() {
             inner.registers.general.host_rsp = 0;
             inner.switched.moved();
-            inner.host_state.write_for_processor(&current);
+            inner.host_state.write_for_processor(current);
             // What this vCPU left in the TLB here may be out of date.
             inner.flush_linear = true;
         }
-        Ok(current)
+    }
+
+    /// [`Vcpu::in_guest`] where the VMCS has to be loaded first.
+    #[inline(never)]
+    pub(super) fn load_and_turn<'a>(
+        &'a self,
+        inner: &mut Inner<H>,
+        mut turn: Turn<'a, H>,
+    ) -> Result<Next, Error> {
+        let platform = self.guest().membership().platform();
+        let operation = platform.operation();
+        if operation.is_elsewhere(self.place, turn.cpu_number()) {
+            drop(turn);
+            // Nobody else makes it active again: the vCPU is locked.
+            operation.evict(self.place);
+            turn = match Turn::new(platform.host()) {
+                Some(turn) => turn,
+                None => return Ok(Next::Leave(ExitStatus::Interrupt)),
+            };
+        }
+        let loan = match operation.load_in_turn(&turn, self.place) {
+            Ok(loan) => loan,
+            Err(NotLoaded::Later) => return Ok(Next::Work(Work::Yield)),
+            Err(NotLoaded::Refused) => return Err(Error::Fault),
+        };
+        let current = Current::new(platform.host(), loan.loaded());
+        Self::taken_up(inner, &loan, &current);
+        self.in_turn(inner, &current, turn.cpu_number())
     }
 
     /// Runs `call` with the VMCS current and interrupts off.
@@ -66,10 +89,15 @@ impl<H: Host> Vcpu<H> {
         call: impl FnOnce(&Current<'_, H>, &mut Inner<H>) -> R,
     ) -> Result<R, Error> {
         let host = self.guest().host();
+        let operation = self.guest().membership().platform().operation();
         for _ in 0..TRIES {
             let pinned = Pinned::new(host);
-            match self.load(inner, &pinned) {
-                Ok(current) => return self.call_with(inner, &current, call),
+            match operation.load(&pinned, self.place) {
+                Ok(loan) => {
+                    let current = Current::new(host, loan.loaded());
+                    Self::taken_up(inner, &loan, &current);
+                    return self.call_with(inner, &current, call);
+                }
                 Err(NotLoaded::Refused) => return Err(Error::Fault),
                 Err(NotLoaded::Later) => {}
             }

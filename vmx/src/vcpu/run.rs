@@ -23,9 +23,8 @@ use crate::arch::exit::{ExitReason, IoQualification};
 use crate::arch::field;
 use crate::arch::reg::{Cr0, Interruptibility, Rflags};
 use crate::cpu::VmxFailure;
-use crate::host::{Host, Pinned};
+use crate::host::{Host, Turn};
 use crate::memory::{Access, FaultOutcome};
-use crate::operation::NotLoaded;
 
 /// Exits handled before the processor is given back for a moment: an interrupt
 /// that exits keep from being recognized is then taken at last.
@@ -109,7 +108,7 @@ impl<H: Host> Vcpu<H> {
         loop {
             next = match next {
                 Next::Leave(status) => return Ok(status),
-                Next::Resume if self.must_return() => return Ok(ExitStatus::Interrupt),
+                Next::Resume if self.user_event() => return Ok(ExitStatus::Interrupt),
                 Next::Resume => self.in_guest(inner)?,
                 Next::Work(work) => self.work(inner, work)?,
             };
@@ -141,11 +140,6 @@ impl<H: Host> Vcpu<H> {
         }
     }
 
-    /// The client or the host wants the thread.
-    fn must_return(&self) -> bool {
-        self.user_event() || self.guest().host().event_pending()
-    }
-
     /// Takes the client's request to return, if there is one.
     fn user_event(&self) -> bool {
         let word = self.channel.user_event();
@@ -157,29 +151,40 @@ impl<H: Host> Vcpu<H> {
     }
 
     /// Takes the processor, runs the guest, gives the processor back.
+    #[inline(always)]
     fn in_guest(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
-        let host = self.guest().host();
-        let pinned = Pinned::new(host);
-        inner.extended.load(host, inner.modes.has_osxsave());
-        let result = match self.load(inner, &pinned) {
-            Ok(current) => {
-                let next = self.on_loan(inner, &current, pinned.cpu_number());
-                inner.registers.flush(&current);
-                if current.failure().is_some() {
-                    inner.dead = true;
-                    Err(Error::Fault)
-                } else {
-                    Ok(next)
-                }
-            }
-            Err(NotLoaded::Later) => Ok(Next::Work(Work::Yield)),
-            Err(NotLoaded::Refused) => Err(Error::Fault),
+        let platform = self.guest().membership().platform();
+        let Some(turn) = Turn::new(platform.host()) else {
+            return Ok(Next::Leave(ExitStatus::Interrupt));
         };
-        inner.extended.save(host);
-        result
+        let Some(loaded) = platform.operation().still_loaded(&turn, self.place) else {
+            return self.load_and_turn(inner, turn);
+        };
+        let current = Current::new(platform.host(), loaded);
+        self.in_turn(inner, &current, turn.cpu_number())
+    }
+
+    /// The guest's turn, with its VMCS loaded.
+    pub(super) fn in_turn(
+        &self,
+        inner: &mut Inner<H>,
+        current: &Current<'_, H>,
+        cpu_number: usize,
+    ) -> Result<Next, Error> {
+        let cpu = current.cpu();
+        inner.extended.load(cpu, inner.modes.has_osxsave());
+        let next = self.on_loan(inner, current, cpu_number);
+        inner.registers.flush(current);
+        inner.extended.save(cpu);
+        if current.failure().is_some() {
+            inner.dead = true;
+            return Err(Error::Fault);
+        }
+        Ok(next)
     }
 
     /// The inner loop. Interrupts are off.
+    #[inline(always)]
     fn on_loan(&self, inner: &mut Inner<H>, current: &Current<'_, H>, cpu_number: usize) -> Next {
         let cpu = current.cpu();
         inner.host_state.refresh(current);
@@ -211,7 +216,7 @@ impl<H: Host> Vcpu<H> {
         inner.debug.restore(cpu);
         inner.registers.general.on_loan = 0;
         inner.switched.restore(cpu);
-        inner.host_state.restore(self.guest().host());
+        inner.host_state.restore(cpu);
         next
     }
 

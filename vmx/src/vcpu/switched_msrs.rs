@@ -19,6 +19,8 @@ const REGISTERS: [u32; 6] = [
     msr::IA32_TSC_AUX,
 ];
 const KERNEL_GS_BASE: usize = 0;
+/// SYSCALL's.
+const SYSCALLS: core::ops::Range<usize> = 1..5;
 const TSC_AUX: usize = 5;
 
 /// Values of [`REGISTERS`] for guest and host.
@@ -95,23 +97,54 @@ impl SwitchedMsrs {
         }
     }
 
+    #[inline]
     fn differs(&self, index: usize) -> bool {
         self.guest.get(index) != self.host.get(index)
     }
 
+    #[inline]
+    fn put_guest(&self, cpu: &impl Cpu, index: usize) {
+        if self.differs(index) {
+            write(cpu, index, self.guest.get(index).copied().unwrap_or(0));
+        }
+    }
+
+    #[inline]
+    fn put_host(&self, cpu: &impl Cpu, index: usize) {
+        if self.differs(index) {
+            write(cpu, index, self.host.get(index).copied().unwrap_or(0));
+        }
+    }
+
     /// Gives the processor the guest's values. `syscall`: the guest can
     /// execute SYSCALL.
+    #[inline]
     pub fn load(&mut self, cpu: &impl Cpu, syscall: bool) {
         self.syscall = syscall;
-        for index in 0..REGISTERS.len() {
-            let fixed = index != KERNEL_GS_BASE;
-            if !(fixed && self.host_known) && (index != TSC_AUX || self.has_tsc_aux) {
-                if let Some(slot) = self.host.get_mut(index) {
-                    *slot = read(cpu, index);
-                }
+        if !self.host_known {
+            self.learn_host(cpu);
+        }
+        // The host's changes with the process, and has no copy to trust.
+        if let Some(slot) = self.host.get_mut(KERNEL_GS_BASE) {
+            *slot = read(cpu, KERNEL_GS_BASE);
+        }
+        self.put_guest(cpu, KERNEL_GS_BASE);
+        if self.has_tsc_aux {
+            self.put_guest(cpu, TSC_AUX);
+        }
+        if syscall {
+            for index in SYSCALLS {
+                self.put_guest(cpu, index);
             }
-            if self.uses(index) && self.differs(index) {
-                write(cpu, index, self.guest.get(index).copied().unwrap_or(0));
+        }
+    }
+
+    #[cold]
+    fn learn_host(&mut self, cpu: &impl Cpu) {
+        for (index, slot) in self.host.iter_mut().enumerate() {
+            let fixed = index != KERNEL_GS_BASE;
+            if fixed && (index != TSC_AUX || self.has_tsc_aux) {
+                *slot = read(cpu, index);
             }
         }
         self.host_known = true;
@@ -121,10 +154,8 @@ impl SwitchedMsrs {
     pub fn start_syscall(&mut self, cpu: &impl Cpu, syscall: bool) {
         if syscall && !self.syscall {
             self.syscall = true;
-            for index in 0..REGISTERS.len() {
-                if index != KERNEL_GS_BASE && index != TSC_AUX && self.differs(index) {
-                    write(cpu, index, self.guest.get(index).copied().unwrap_or(0));
-                }
+            for index in SYSCALLS {
+                self.put_guest(cpu, index);
             }
         }
     }
@@ -144,11 +175,16 @@ impl SwitchedMsrs {
     }
 
     /// Gives the processor the host's values back.
+    #[inline]
     pub fn restore(&mut self, cpu: &impl Cpu) {
         self.fetch(cpu);
-        for index in 0..REGISTERS.len() {
-            if self.uses(index) && self.differs(index) {
-                write(cpu, index, self.host.get(index).copied().unwrap_or(0));
+        self.put_host(cpu, KERNEL_GS_BASE);
+        if self.has_tsc_aux {
+            self.put_host(cpu, TSC_AUX);
+        }
+        if self.syscall {
+            for index in SYSCALLS {
+                self.put_host(cpu, index);
             }
         }
     }

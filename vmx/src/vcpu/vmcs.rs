@@ -7,7 +7,7 @@ use core::cell::Cell;
 use crate::arch::field::{self, Field, Readable, Width};
 use crate::cpu::Cpu;
 use crate::host::Host;
-use crate::operation::Loan;
+use crate::operation::Loaded;
 
 /// A VMCS that is current on this processor, with interrupts off.
 ///
@@ -16,16 +16,17 @@ use crate::operation::Loan;
 /// kept, reads give 0, and [`Current::failure`] ends the vCPU: never the host.
 pub struct Current<'a, H: Host> {
     cpu: &'a H::Cpu,
-    loan: Loan<'a, H>,
+    _loaded: Loaded<'a>,
     failed: Cell<Option<u32>>,
 }
 
 impl<'a, H: Host> Current<'a, H> {
-    /// Wraps a loan.
-    pub fn new(host: &'a H, loan: Loan<'a, H>) -> Self {
+    /// The VMCS that `loaded` stands for.
+    #[inline]
+    pub fn new(host: &'a H, loaded: Loaded<'a>) -> Self {
         Self {
             cpu: host.cpu(),
-            loan,
+            _loaded: loaded,
             failed: Cell::new(None),
         }
     }
@@ -33,16 +34,6 @@ impl<'a, H: Host> Current<'a, H> {
     /// The processor.
     pub fn cpu(&self) -> &'a H::Cpu {
         self.cpu
-    }
-
-    /// See [`Loan::is_fresh`].
-    pub fn is_fresh(&self) -> bool {
-        self.loan.is_fresh()
-    }
-
-    /// See [`Loan::is_moved`].
-    pub fn is_moved(&self) -> bool {
-        self.loan.is_moved()
     }
 
     /// VMREAD.
