@@ -3,9 +3,6 @@
 // UNSAFETY: INVVPID and INVEPT, the MSR bitmap's page, and VM entry.
 #![expect(unsafe_code)]
 
-use abi::tunnel::ExitStatus;
-
-use super::handle::{Next, Work};
 use super::vmcs::Current;
 use super::{Inner, Vcpu, msr_bitmap};
 use crate::Error;
@@ -13,7 +10,7 @@ use crate::arch::ept::{EptVpidCaps, InveptKind, InvvpidKind};
 use crate::arch::field;
 use crate::cpu::{Cpu, VmxFailure, how};
 use crate::host::{CpuOffline, Host, OwnedPage, Pinned, Turn};
-use crate::operation::{Loan, NotLoaded};
+use crate::operation::{Loaded, Loan, NotLoaded};
 
 /// How often a short access waits for another hypervisor to finish its VMXON.
 const TRIES: u32 = 1000;
@@ -54,32 +51,35 @@ impl<H: Host> Vcpu<H> {
         }
     }
 
-    /// [`Vcpu::in_guest`] where the VMCS has to be loaded first.
+    /// Takes the VMCS from another processor, if it is there. The turn ends for
+    /// that; `None` if the host wants the thread for something else then.
     #[inline(never)]
-    pub(super) fn load_and_turn<'a>(
-        &'a self,
-        inner: &mut Inner<H>,
-        mut turn: Turn<'a, H>,
-    ) -> Result<Next, Error> {
+    pub(super) fn bring_here<'a>(&'a self, turn: Turn<'a, H>) -> Option<Turn<'a, H>> {
         let platform = self.guest().membership().platform();
         let operation = platform.operation();
-        if operation.is_elsewhere(self.place, turn.cpu_number()) {
-            drop(turn);
-            // Nobody else makes it active again: the vCPU is locked.
-            operation.evict(self.place);
-            turn = match Turn::new(platform.host()) {
-                Some(turn) => turn,
-                None => return Ok(Next::Leave(ExitStatus::Interrupt)),
-            };
+        if !operation.is_elsewhere(self.place, turn.cpu_number()) {
+            return Some(turn);
         }
-        let loan = match operation.load_in_turn(&turn, self.place) {
-            Ok(loan) => loan,
-            Err(NotLoaded::Later) => return Ok(Next::Work(Work::Yield)),
-            Err(NotLoaded::Refused) => return Err(Error::Fault),
-        };
+        drop(turn);
+        // Nobody else makes it active again: the vCPU is locked.
+        operation.evict(self.place);
+        Turn::new(platform.host())
+    }
+
+    /// Loads the VMCS, which is active here or nowhere, until `slot` is dropped.
+    #[inline(never)]
+    pub(super) fn load_in_turn<'a, 's>(
+        &'a self,
+        inner: &mut Inner<H>,
+        turn: &'a Turn<'a, H>,
+        slot: &'s mut Option<Loan<'a, H>>,
+    ) -> Result<Loaded<'s>, NotLoaded> {
+        let platform = self.guest().membership().platform();
+        let loan = platform.operation().load_in_turn(turn, self.place)?;
+        let loan = slot.insert(loan);
         let current = Current::new(platform.host(), loan.loaded());
-        Self::taken_up(inner, &loan, &current);
-        self.in_turn(inner, &current, turn.cpu_number())
+        Self::taken_up(inner, loan, &current);
+        Ok(loan.loaded())
     }
 
     /// Runs `call` with the VMCS current and interrupts off.

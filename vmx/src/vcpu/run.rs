@@ -25,6 +25,7 @@ use crate::arch::reg::{Cr0, Interruptibility, Rflags};
 use crate::cpu::VmxFailure;
 use crate::host::{Host, Turn};
 use crate::memory::{Access, FaultOutcome};
+use crate::operation::NotLoaded;
 
 /// Exits handled before the processor is given back for a moment: an interrupt
 /// that exits keep from being recognized is then taken at last.
@@ -154,28 +155,32 @@ impl<H: Host> Vcpu<H> {
     #[inline(always)]
     fn in_guest(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
         let platform = self.guest().membership().platform();
-        let Some(turn) = Turn::new(platform.host()) else {
+        let operation = platform.operation();
+        let Some(mut turn) = Turn::new(platform.host()) else {
             return Ok(Next::Leave(ExitStatus::Interrupt));
         };
-        let Some(loaded) = platform.operation().still_loaded(&turn, self.place) else {
-            return self.load_and_turn(inner, turn);
+        let mut loan = None;
+        let loaded = match operation.still_loaded(&turn, self.place) {
+            Some(loaded) => loaded,
+            None => {
+                turn = match self.bring_here(turn) {
+                    Some(turn) => turn,
+                    None => return Ok(Next::Leave(ExitStatus::Interrupt)),
+                };
+                match self.load_in_turn(inner, &turn, &mut loan) {
+                    Ok(loaded) => loaded,
+                    Err(NotLoaded::Later) => return Ok(Next::Work(Work::Yield)),
+                    Err(NotLoaded::Refused) => return Err(Error::Fault),
+                }
+            }
         };
         let current = Current::new(platform.host(), loaded);
-        self.in_turn(inner, &current, turn.cpu_number())
-    }
-
-    /// The guest's turn, with its VMCS loaded.
-    pub(super) fn in_turn(
-        &self,
-        inner: &mut Inner<H>,
-        current: &Current<'_, H>,
-        cpu_number: usize,
-    ) -> Result<Next, Error> {
-        let cpu = current.cpu();
-        inner.extended.load(cpu, inner.modes.has_osxsave());
-        let next = self.on_loan(inner, current, cpu_number);
-        inner.registers.flush(current);
-        inner.extended.save(cpu);
+        inner
+            .extended
+            .load(current.cpu(), inner.modes.has_osxsave());
+        let next = self.on_loan(inner, &current, turn.cpu_number());
+        inner.registers.flush(&current);
+        inner.extended.save(current.cpu());
         if current.failure().is_some() {
             inner.dead = true;
             return Err(Error::Fault);
@@ -245,8 +250,6 @@ impl<H: Host> Vcpu<H> {
             *count = count.wrapping_add(1);
         }
         self.channel.set_exit_reason(u32::from(reason.0));
-        // None of these changes what `is_quiet` answers for, but through
-        // `handle::raise`.
         match word {
             IO_INSTRUCTION => {
                 let qualification = IoQualification(current.read(field::EXIT_QUALIFICATION));
@@ -265,11 +268,17 @@ impl<H: Host> Vcpu<H> {
         let exit = Exit::read(current, word);
         if exit.during_delivery() {
             inner.events.take_interrupted(current);
+            inner.quiet &= !inner.events.is_waiting();
         }
         handle::dispatch(self, inner, current, exit)
     }
 
-    /// [`Vcpu::prepare`] would find nothing to do.
+    /// [`Vcpu::prepare`] would find nothing to do. It found nothing the last
+    /// time, and what could have changed that since has cleared `quiet`: an
+    /// event to deliver ([`handle::raise`], a delivery that an exit
+    /// interrupted), work outside of the loan (an emulated instruction, PDPTEs,
+    /// a task switch), and every request but RUN that loads the VMCS. What the
+    /// client writes at any time is looked at here.
     #[inline(always)]
     fn is_quiet(&self, inner: &Inner<H>) -> bool {
         inner.quiet && !inner.step_due && self.vectors.is_empty() && self.channel.window() == 0

@@ -65,7 +65,6 @@ pub fn dispatch<H: Host>(
     current: &Current<'_, H>,
     exit: Exit,
 ) -> Next {
-    let quiet = core::mem::take(&mut inner.quiet);
     match exit {
         Exit::ExternalInterrupt => Next::Leave(ExitStatus::Interrupt),
         Exit::EptViolation { gpa, qualification } => {
@@ -73,7 +72,8 @@ pub fn dispatch<H: Host>(
             if qualification.nmi_unblocking() && !delivering {
                 block_nmi(current);
             }
-            plain::foresee(inner, current, gpa, qualification, quiet && !delivering);
+            let quiet = inner.quiet;
+            plain::foresee(inner, current, gpa, qualification, quiet);
             Next::Work(Work::Memory {
                 gpa,
                 access: Access::from_qualification(qualification.0),
