@@ -34,6 +34,7 @@ pub const CASES: &[Case] = &[
     case!(create_vms_while_another_runs),
     case!(avx_in_two_vcpus),
     case!(sixteen_threads),
+    case!(sixteen_under_requests),
 ];
 
 /// The result of a thread.
@@ -480,5 +481,98 @@ fn sixteen_threads() -> Outcome {
         Ok(())
     })?;
     same!(ram.u32(DATA), 16 * 20000, "count");
+    Ok(())
+}
+
+/// As many vCPUs as there may be, all of them running, and every request on each from one more thread: a second RUN is
+/// refused, what reads or writes registers waits, and nobody gets another's.
+fn sixteen_under_requests() -> Outcome {
+    let (vm, ram) = vm_with_ram()?;
+    modes::write_tables(Mode::Long, &ram);
+    let code = guest!(64: "2: inc qword ptr [rbx * 8 + 0xc800]", "jmp 2b");
+    ram.write(modes::CODE, code.bits64);
+    let vcpus: Result<Vec<Vcpu>> = (0..16)
+        .map(|id| {
+            let vcpu = vm.create_vcpu(id)?;
+            prepare(&vcpu, Mode::Long)?;
+            let mut state = vcpu.regs()?;
+            state.rbx = id.into();
+            vcpu.set_regs(&state)?;
+            Ok(vcpu)
+        })
+        .collect();
+    let vcpus = vcpus?;
+    let stop = AtomicBool::new(false);
+    let refused = thread::scope(|scope| -> Result<u32> {
+        let runners: Vec<_> = vcpus
+            .iter()
+            .map(|vcpu| {
+                scope.spawn(|| -> Outcome {
+                    while !stop.load(Ordering::Acquire) {
+                        match vcpu.run() {
+                            Ok(_) | Err(Refused(libc::EBUSY)) => {}
+                            Err(other) => anyhow::bail!("RUN: {other}"),
+                        }
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        let mut refused = 0;
+        for vcpu in vcpus.iter().cycle().take(1600) {
+            // So that this RUN ends at once, if it is the one that gets in.
+            vcpu.tunnel.set_user_event(1);
+            match vcpu.run() {
+                Err(Refused(libc::EBUSY)) => refused += 1,
+                Ok(_) => {}
+                Err(other) => anyhow::bail!("RUN: {other}"),
+            }
+            if refused > 3 {
+                break;
+            }
+        }
+        let result = (0..).zip(&vcpus).try_for_each(|(id, vcpu)| {
+            let counter = || ram.u64(DATA + 0x800 + id * 8);
+            let (start, before) = (Instant::now(), counter());
+            while counter() == before {
+                ensure!(
+                    start.elapsed() < Duration::from_secs(5),
+                    "vCPU {id} stands still"
+                );
+                thread::yield_now();
+            }
+            let mut state = vcpu.regs()?;
+            same!(state.rbx, id, "RBX of vCPU {id}");
+            state.rcx = 0x1000 + id;
+            vcpu.set_regs(&state)?;
+            same!(vcpu.set_msrs(&[(0x174, 0x100 + id)])?, 1, "SET_MSRS");
+            let mut fpu = vcpu.fpu()?;
+            fpu.fcw = 0x340 | id as u16;
+            vcpu.set_fpu(&fpu)?;
+            vcpu.interrupt(0x40)?;
+            vcpu.set_debug(0, [0; 8])?;
+            Ok(())
+        });
+        stop.store(true, Ordering::Release);
+        for runner in runners {
+            join(runner)?;
+        }
+        result.map(|()| refused)
+    })?;
+    ensure!(refused > 0 || !side_by_side(), "no second RUN was refused");
+    for (id, vcpu) in (0..).zip(&vcpus) {
+        let state = vcpu.regs()?;
+        same!(
+            (state.rbx, state.rcx),
+            (id, 0x1000 + id),
+            "RBX and RCX of vCPU {id}"
+        );
+        same!(
+            vcpu.msrs(&[0x174])?,
+            [0x100 + id],
+            "IA32_SYSENTER_CS of vCPU {id}"
+        );
+        same!(vcpu.fpu()?.fcw, 0x340 | id as u16, "FCW of vCPU {id}");
+    }
     Ok(())
 }
