@@ -587,3 +587,14 @@ fn kept_answers_are_those_of_the_table() {
     answers.forget();
     assert_ne!(answers.get(&table, 1, 0, &UP), before);
 }
+
+#[test]
+fn xsaves_needs_its_control() {
+    let with = table_with(AVX, Secondary::ENABLE_XSAVES, Cr4::all());
+    assert_eq!(with.lookup(0xd, 1, &UP).eax, 0xf);
+    // No supervisor component: IA32_XSS stays 0.
+    let row = with.lookup(0xd, 1, &UP);
+    assert_eq!((row.ecx, row.edx), (0, 0));
+    let without = table_with(AVX, Secondary::empty(), Cr4::all());
+    assert_eq!(without.lookup(0xd, 1, &UP).eax, 0x7);
+}
