@@ -9,6 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use abi::os::linux as number;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{Case, Outcome};
@@ -30,6 +31,7 @@ pub const CASES: &[Case] = &[
     case!(huge_pages_are_split),
     case!(processors_come_and_go in WIDE),
     case!(nodes_belong_to_their_creator),
+    case!(the_client_keeps_its_vector_registers),
 ];
 
 /// Where the guests count.
@@ -303,5 +305,57 @@ fn nodes_belong_to_their_creator() -> Outcome {
     for path in &paths {
         ensure!(!Path::new(path).exists(), "{path} is still there");
     }
+    Ok(())
+}
+
+/// The client's thread has the guest's registers in its processor during RUN, and its own again after it,
+/// upper halves included. Libraries would not notice: a call may lose them.
+fn the_client_keeps_its_vector_registers() -> Outcome {
+    ensure!(
+        std::is_x86_feature_detected!("avx"),
+        "this case wants a processor with AVX"
+    );
+    let machine = Machine::new(
+        Mode::Long,
+        guest!(64:
+            "mov rax, cr4", "bts rax, 18", "mov cr4, rax",
+            "xor ecx, ecx", "xor edx, edx", "mov eax, 7", "xsetbv",
+            "2: mov eax, 0x77777777", "vmovd xmm0, eax", "vbroadcastss ymm5, [rip + 3f]",
+            "vmovaps ymm12, ymm5", "hlt", "jmp 2b", "3: .long 0x66666666"),
+    )?;
+    // The first RUN may end before the guest has written them.
+    same!(machine.run()?, Exit::Halt, "the guest's first end");
+    let mut mine = [0_u8; 64];
+    for (byte, value) in mine.iter_mut().zip(0xa0..) {
+        *byte = value;
+    }
+    let mut after = [0_u8; 64];
+    let result: i64;
+    // SAFETY: the system call ioctl (16) with RUN and no argument; it writes no memory of this program but
+    // the tunnel's, which is not a reference here. The two registers are declared.
+    unsafe {
+        core::arch::asm!(
+            "vmovdqu ymm5, [{mine}]",
+            "vmovdqu ymm12, [{mine} + 32]",
+            "syscall",
+            "vmovdqu [{after}], ymm5",
+            "vmovdqu [{after} + 32], ymm12",
+            "vzeroupper",
+            mine = in(reg) mine.as_ptr(),
+            after = in(reg) after.as_mut_ptr(),
+            inlateout("rax") 16_i64 => result,
+            in("rdi") i64::from(machine.vcpu.node.fd()),
+            in("rsi") u64::from(number::HAX_VCPU_IOCTL_RUN),
+            in("rdx") 0_u64,
+            out("rcx") _,
+            out("r11") _,
+            out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
+            out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
+            out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+            out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
+        );
+    }
+    same!(result, 0, "RUN");
+    same!(after, mine, "YMM5 and YMM12 of the client");
     Ok(())
 }
