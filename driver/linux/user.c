@@ -183,10 +183,15 @@ static void haxm_bring_in(struct mm_struct *mm, unsigned long address, u32 count
 	    !arch_vma_access_permitted(vma, true, false, false) || userfaultfd_armed(vma))
 		goto out;
 	end = min(vma->vm_end, address + count * PAGE_SIZE);
-	for (; address < end && !signal_pending(current); address += PAGE_SIZE)
-		if (handle_mm_fault(vma, address, flags, NULL) &
-		    (VM_FAULT_ERROR | VM_FAULT_RETRY))
+	for (; address < end && !signal_pending(current); address += PAGE_SIZE) {
+		vm_fault_t result = handle_mm_fault(vma, address, flags, NULL);
+
+		/* Done, and the lock is gone: not for this kind of memory, but it may be. */
+		if (result & VM_FAULT_COMPLETED)
+			return;
+		if (result & (VM_FAULT_ERROR | VM_FAULT_RETRY))
 			break;
+	}
 out:
 	mmap_read_unlock(mm);
 }

@@ -45,6 +45,7 @@ mod host;
 mod interrupts;
 mod lifecycle;
 mod memory_changes;
+mod memory_crowd;
 mod memory_pressure;
 mod mmio;
 mod mmio_edges;
@@ -191,6 +192,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "memory_changes",
         cases: memory_changes::CASES,
+    },
+    Group {
+        name: "memory_crowd",
+        cases: memory_crowd::CASES,
     },
     Group {
         name: "memory_pressure",

@@ -175,6 +175,7 @@ fn protected_in_emulation() -> Outcome {
 
 /// MADV_DONTNEED: the guest sees zero, as the client does, and its next write is the client's page.
 fn discard_under_the_guest(mode: Mode) -> Outcome {
+    borrowed_only!();
     let code = guest!(
         "mov dword ptr [edi], 0x55",
         "out 0x80, al",
@@ -194,6 +195,7 @@ fn discard_under_the_guest(mode: Mode) -> Outcome {
 
 /// The client takes the memory away: the guest is lost, the host is not.
 fn munmap_under_the_guest() -> Outcome {
+    borrowed_only!();
     let machine = Machine::new(
         Mode::Long,
         guest!(64: "mov eax, [rdi]", "out 0x80, al", "mov eax, [rdi]", "hlt"),

@@ -412,6 +412,7 @@ fn protect_under_running_guest() -> Outcome {
 }
 
 fn discard_under_running_guest() -> Outcome {
+    borrowed_only!();
     let machine = spinning()?;
     while_running(&machine, || {
         for _ in 0..20 {
