@@ -163,7 +163,13 @@ impl Boot {
             System::Ipxe => ",graphics=off",
             _ => "",
         };
-        put("-M", format!("{}{screen}", self.machine.name()));
+        // QEMU gives a microvm no clock chip where it has KVM, and Linux looks for it for seconds; with
+        // `hax` it gives one by itself.
+        let clock = match self.machine {
+            Machine::Microvm => ",rtc=on",
+            Machine::Pc => "",
+        };
+        put("-M", format!("{}{clock}{screen}", self.machine.name()));
         put("-m", self.memory_mb.to_string());
         // One package each: SeaBIOS lists in the MP table the first processor of a package only.
         put(
@@ -290,7 +296,7 @@ mod tests {
         assert!(line.ends_with(" -no-reboot </dev/null"), "{line}");
         let line = Boot::new(Machine::Microvm).shell_line();
         assert!(
-            line.contains(" -M microvm ") && line.contains("/qboot.rom "),
+            line.contains(" -M microvm,rtc=on ") && line.contains("/qboot.rom "),
             "{line}"
         );
     }
