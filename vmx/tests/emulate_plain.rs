@@ -1,5 +1,6 @@
 //! Plain moves against the general path, on generated instructions and states;
-//! and the cache of decoded instructions against the decoder.
+//! the cache of decoded instructions against the decoder; and that an
+//! instruction looks at no segment register but those it names.
 
 mod emulate_machine;
 
@@ -204,6 +205,29 @@ fn only_moves_are_plain() {
     assert!(plain > 10_000, "{plain}");
 }
 
+/// Each of these does something else besides, or moves something else.
+#[test]
+fn relatives_of_mov_are_not_plain() {
+    let others: [&[u8]; 9] = [
+        // movbe eax, [esi]; movbe [esi], eax
+        &[0x0f, 0x38, 0xf0, 0x06],
+        &[0x0f, 0x38, 0xf1, 0x06],
+        // xchg [esi], eax; add [esi], eax; cmp [esi], eax; movs; stos
+        &[0x87, 0x06],
+        &[0x01, 0x06],
+        &[0x39, 0x06],
+        &[0xa5],
+        &[0xab],
+        // mov [esi], ds; mov ds, [esi]
+        &[0x8c, 0x1e],
+        &[0x8e, 0x1e],
+    ];
+    for bytes in others {
+        let insn = decode(bytes, Mode::Bits32).expect("decodes");
+        assert_eq!(PlainMove::of(&insn), None, "{insn:?}");
+    }
+}
+
 /// An address that depends on a register nobody knows is not made up.
 #[test]
 fn an_unknown_register_gives_no_address_and_no_value() {
@@ -266,4 +290,67 @@ fn bytes_that_are_not_there_do_not_count() {
     assert!(whole.is_ok());
     let part = cache.look_up(0, Code::new(&bytes[..3]), Mode::Bits32);
     assert_eq!(part, Err(DecodeError::TooShort));
+}
+
+/// A register that `Insn::segments` leaves out may hold anything: same result, same fault, same linear address in it.
+#[test]
+fn no_segment_counts_but_those_named() {
+    let mut rng = Rng(0x0bad_5eed_0004);
+    let mut checked = [0u32; 3];
+    for round in 0..60_000 {
+        let mode = MODES[round % 3];
+        let mut bytes: [u8; MAX_INSN_LEN] = std::array::from_fn(|_| rng.byte());
+        if rng.one_in(2) {
+            bytes[0] = 0x0f;
+        }
+        let Ok(insn) = decode(&bytes, mode) else {
+            continue;
+        };
+        let named = insn.segments();
+        if named == 0x3f || insn.memory().is_none() {
+            continue;
+        }
+        let mut right = Fake::new(mode);
+        for reg in &mut right.gpr {
+            *reg = rng.value();
+        }
+        for segment in &mut right.segments {
+            segment.base = rng.next() & 0xffff_ffff;
+            if rng.one_in(4) {
+                segment.limit = rng.next() as u32 & 0xffff;
+            }
+        }
+        // The address as it is leads nowhere: the page fault tells it. Or to a device.
+        let (step, _) = right.clone().run(&insn);
+        if let Step::Fault(exception) = step
+            && let Some(linear) = exception.cr2
+            && linear < u64::MAX - 0x2000
+        {
+            right.map(linear, Kind::Mmio);
+            right.map(linear + 0x1000, Kind::Ram);
+        }
+        let mut wrong = right.clone();
+        for (number, segment) in wrong.segments.iter_mut().enumerate() {
+            if named >> number & 1 == 0 {
+                // Where the code is, and the mode and privilege level, are always known.
+                let keeps_base = number == Seg::Cs.number();
+                let keeps_rights = keeps_base || number == Seg::Ss.number();
+                segment.selector ^= 0x55;
+                segment.limit = 0;
+                segment.base = if keeps_base { segment.base } else { rng.next() };
+                segment.access = if keeps_rights {
+                    segment.access
+                } else {
+                    0x1_0000
+                };
+            }
+        }
+        let outcome = right.run(&insn);
+        assert_eq!(wrong.run(&insn), outcome, "{insn:?}");
+        assert_eq!(wrong.gpr, right.gpr, "{insn:?}");
+        assert_eq!((wrong.rip, wrong.rflags), (right.rip, right.rflags));
+        assert_eq!(wrong.vectors, right.vectors);
+        checked[round % 3] += u32::from(outcome.0 == Step::Done);
+    }
+    assert!(checked.iter().all(|count| *count > 500), "{checked:?}");
 }

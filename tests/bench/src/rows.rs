@@ -137,8 +137,10 @@ fn outs<A: Api>(api: &A) -> Result<()> {
     guest.ram.touch(0x20000, STRING as u64);
     let mut exits = Samples::default();
     let mut samples = Samples::default();
+    mark::row(Some("outs"));
     for round in 0..8 {
         let (mut sent, mut count) = (0, 0);
+        mark::begin();
         let (ticks, result) = ticks(|| {
             loop {
                 match guest.run()? {
@@ -153,6 +155,7 @@ fn outs<A: Api>(api: &A) -> Result<()> {
                 }
             }
         });
+        mark::end();
         result?;
         ensure!(sent == STRING, "{sent} bytes of {STRING}");
         if round >= 3 {
@@ -160,6 +163,7 @@ fn outs<A: Api>(api: &A) -> Result<()> {
             exits.push(count);
         }
     }
+    mark::row(None);
     samples.print("outs_4096");
     exits.print("outs_4096_exits");
     Ok(())

@@ -135,3 +135,19 @@ fn mmio_read() {
     let found = count(&client, runs(step, ExitStatus::FastMmio));
     assert_within(&found, &cost(11, 1, 0, 4, 2));
 }
+
+/// Two exits to user space for one instruction, and the emulator's full length.
+#[test]
+fn mmio_update() {
+    let client = client();
+    // add [d0000000h], eax
+    fill(&client, &[0x01, 0x05, 0, 0, 0, 0xd0]);
+    let found = count(&client, |client, exits| {
+        for _ in 0..exits {
+            let steps = [Step::write(DEVICE, 4, 0, 6)];
+            assert_eq!(client.run(steps), ExitStatus::FastMmio);
+            assert_eq!(client.run([]), ExitStatus::FastMmio);
+        }
+    });
+    assert_within(&found, &cost(23, 2, 0, 4, 2));
+}

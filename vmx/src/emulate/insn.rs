@@ -290,6 +290,54 @@ impl Op {
         )
     }
 
+    /// Touches no memory but its operands, and of the segment registers only
+    /// theirs.
+    const fn is_arithmetic_or_move(self) -> bool {
+        matches!(
+            self,
+            Self::Add
+                | Self::Or
+                | Self::Adc
+                | Self::Sbb
+                | Self::And
+                | Self::Sub
+                | Self::Xor
+                | Self::Cmp
+                | Self::Test
+                | Self::Mov
+                | Self::Movzx
+                | Self::Movsx
+                | Self::Movbe
+                | Self::Xchg
+                | Self::Cmpxchg
+                | Self::Xadd
+                | Self::Inc
+                | Self::Dec
+                | Self::Not
+                | Self::Neg
+                | Self::Set(_)
+                | Self::Cmov(_)
+                | Self::Rol
+                | Self::Ror
+                | Self::Shl
+                | Self::Shr
+                | Self::Sar
+                | Self::Bt
+                | Self::Bts
+                | Self::Btr
+                | Self::Btc
+                | Self::Movs
+                | Self::Cmps
+                | Self::Stos
+                | Self::Lods
+                | Self::Scas
+                | Self::VecMove
+                | Self::VecMoveAligned
+                | Self::VecLoad
+                | Self::VecStore
+        )
+    }
+
     /// Is a string instruction, the kind a repeat prefix applies to.
     #[must_use]
     pub const fn is_string(self) -> bool {
@@ -348,6 +396,30 @@ impl Insn {
                 | Op::Str
         );
         system || segment && matches!(self.op, Op::Mov | Op::Pop)
+    }
+
+    /// The segment registers that executing it may look at, bit n for register
+    /// n. Of a register that is not named the machine need know nothing.
+    #[must_use]
+    pub fn segments(&self) -> u8 {
+        const ALL: u8 = 0x3f;
+        if !self.op.is_arithmetic_or_move() {
+            return ALL;
+        }
+        let mut used = 0u8;
+        for operand in &self.operands {
+            match operand {
+                Operand::Seg(_) => return ALL,
+                Operand::Mem(Mem { seg, .. }) => used |= 1u8.wrapping_shl(*seg as u32),
+                _ => {}
+            }
+        }
+        if self.mode == Mode::Bits64 {
+            // The others have neither base nor limit (SDM 1 3.4.2.1 "Segment
+            // Registers in 64-Bit Mode").
+            used &= 1 << Seg::Fs as u8 | 1 << Seg::Gs as u8;
+        }
+        used
     }
 
     /// The first memory operand, if any.

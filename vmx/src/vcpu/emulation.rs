@@ -11,7 +11,7 @@ use super::extended::Extended;
 use super::handle::{self, Next, Work};
 use super::plain::Moves;
 use super::registers::Registers;
-use super::reload::{self, Reload, SEGMENTS, Tables};
+use super::reload::{self, Reload, Tables};
 use super::vmcs::Current;
 use super::{Inner, Vcpu};
 use crate::Error;
@@ -21,7 +21,7 @@ use crate::arch::field;
 use crate::arch::reg::{Cr0, Cr4, Efer, Rflags};
 use crate::arch::segment::AccessRights;
 use crate::emulate::{
-    self, Access, Backing, Blocking, Code, DecodeCache, DecodeError, Decoded, Fault, Gpr,
+    self, Access, Backing, Blocking, Code, DecodeCache, DecodeError, Decoded, Fault, Gpr, Insn,
     MAX_INSN_LEN, Machine, MmioLog, Mode, Seg, SegmentState, Step, Table, VectorBytes,
 };
 use crate::fallible::{NoMemory, try_box};
@@ -110,14 +110,12 @@ struct Snapshot {
 }
 
 impl Snapshot {
-    fn read<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> Self {
+    /// `named`: see [`reload::read_some`].
+    fn read<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, named: u8) -> Self {
         inner.registers.know_all(current);
         let cr0 = inner.modes.cr0(current);
         let cr4 = inner.modes.cr4(current);
-        let mut segments = [SegmentState::default(); 6];
-        for (slot, fields) in segments.iter_mut().zip(SEGMENTS) {
-            *slot = reload::read(fields, current);
-        }
+        let segments = reload::read_some(named, current);
         let rights = |seg: Seg| {
             let access = segments.get(seg.number()).map_or(0, |s| s.access);
             AccessRights::from_bits_retain(access)
@@ -199,6 +197,9 @@ impl<H: Host> Virtual<'_, H> {
     }
 
     fn walk(&self, linear: u64, access: WalkAccess, cpl: u8) -> Result<u64, Fault> {
+        if self.snapshot.paging.cr0 & Cr0::PG.bits() == 0 {
+            return Ok(linear & 0xffff_ffff);
+        }
         let paging = Paging {
             cpl,
             ..self.snapshot.paging
@@ -497,8 +498,10 @@ impl<H: Host> Vcpu<H> {
     pub(super) fn emulate(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
         let known = inner.emulation.insn;
         if known.is_none() || inner.emulation.snapshot.is_none() {
+            let insn = known.and_then(|at| inner.emulation.cache.insn(at));
+            let named = insn.map_or(u8::MAX, Insn::segments);
             self.with_vmcs(inner, |current, inner| {
-                inner.emulation.snapshot = Some(Snapshot::read(inner, current));
+                inner.emulation.snapshot = Some(Snapshot::read(inner, current, named));
             })?;
         }
         let emulation = &mut *inner.emulation;
@@ -544,9 +547,11 @@ impl<H: Host> Vcpu<H> {
         }
         let blocked = machine.blocked.get();
         let hits = machine.hits;
-        let reload = core::mem::take(&mut machine.reload);
+        // Large, and hardly ever used.
+        let needed = step == Step::Done && machine.reload.is_needed();
+        let reload = needed.then(|| core::mem::take(&mut machine.reload));
         let next = self.act(inner, step, blocked);
-        if step == Step::Done && reload.is_needed() {
+        if let Some(reload) = reload {
             self.with_vmcs(inner, |current, inner| reload.apply(inner, current))?;
         }
         if hits != 0 && (step == Step::Done || step == Step::Again && repeats) {

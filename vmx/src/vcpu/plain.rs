@@ -159,13 +159,17 @@ fn read<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, qualification: 
     let flags = Rflags::from_bits_retain(inner.registers.rflags(current));
     let blocking = current.read(field::GUEST_INTERRUPTIBILITY);
     let shadows = Interruptibility::STI | Interruptibility::MOV_SS;
+    let shadow = blocking & shadows.bits() != 0;
+    if !shadow {
+        inner.registers.set_no_shadow();
+    }
     let moves = &mut inner.emulation.moves;
     let touch = &mut moves.touch;
     touch.linear = current.read(field::GUEST_LINEAR_ADDRESS);
     touch.write = write;
     touch.rip = rip;
     touch.may_check_alignment = cpl == 3 && flags.contains(Rflags::AC);
-    touch.shadow = blocking & shadows.bits() != 0;
+    touch.shadow = shadow;
     if inner.modes.is_long_mode() && rights.contains(AccessRights::LONG) {
         touch.mode = Some(Mode::Bits64);
         touch.code = rip;

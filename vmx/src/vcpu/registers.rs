@@ -62,11 +62,16 @@ impl Registers {
         self.changed &= !RIP;
     }
 
-    /// An instruction was completed, and the shadow of STI or MOV SS in the
-    /// VMCS is gone.
+    /// There is no shadow of STI or MOV SS in the VMCS: none was found, or an
+    /// instruction was completed.
     #[inline]
     pub fn set_no_shadow(&mut self) {
         self.known |= NO_SHADOW;
+    }
+
+    /// There is one again, or there may be.
+    pub fn forget_shadow(&mut self) {
+        self.known &= !NO_SHADOW;
     }
 
     /// See [`Registers::set_no_shadow`]; `false` if it is not known.

@@ -33,6 +33,23 @@ pub fn read<H: Host>(fields: SegmentFields, current: &Current<'_, H>) -> Segment
     }
 }
 
+/// Reads those that are named, bit n for register n, and of CS and SS what says
+/// mode and privilege level and where the code is.
+pub fn read_some<H: Host>(named: u8, current: &Current<'_, H>) -> [SegmentState; 6] {
+    let mut segments = [SegmentState::default(); 6];
+    for (number, (state, fields)) in segments.iter_mut().zip(SEGMENTS).enumerate() {
+        if named.wrapping_shr(number as u32) & 1 != 0 {
+            *state = read(fields, current);
+        } else if number == Seg::Cs.number() {
+            state.base = fields.base(current);
+            state.access = fields.rights(current);
+        } else if number == Seg::Ss.number() {
+            state.access = fields.rights(current);
+        }
+    }
+    segments
+}
+
 /// The descriptor-table registers, in the order of [`Table`].
 pub type Tables = [SegmentState; 4];
 
@@ -134,6 +151,7 @@ impl Reload {
         let Some(blocking) = self.blocking else {
             return;
         };
+        inner.registers.forget_shadow();
         let old = current.read(field::GUEST_INTERRUPTIBILITY);
         let new = match blocking {
             Blocking::MovSs => {

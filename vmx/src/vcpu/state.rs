@@ -65,6 +65,11 @@ impl SegmentFields {
         }
     }
 
+    /// Reads the access rights alone.
+    pub fn rights<H: Host>(self, current: &Current<'_, H>) -> u32 {
+        current.read(self.rights)
+    }
+
     /// The selector.
     pub fn selector<H: Host>(self, current: &Current<'_, H>) -> u16 {
         current.read(self.selector)
