@@ -415,3 +415,32 @@ fn a_batch_does_not_reach_past_offset_zero() {
     let step = execute(&code, &mut fake, &mut log);
     assert_eq!(step, Step::Fault(Exception::page_fault(0, beyond)));
 }
+
+/// A request that is asked again before it is served carries its data again; once it is served, memory is not looked
+/// at any more.
+#[test]
+fn a_request_that_is_asked_again_has_its_data() {
+    const FROM: u64 = 0x5000;
+    let mut fake = Fake::new(Mode::Bits64);
+    fake.map(FROM, Kind::Ram);
+    fake.poke(FROM, &[1, 2, 3, 4]);
+    fake.gpr[Gpr::Rsi.number()] = FROM;
+    fake.gpr[Gpr::Rcx.number()] = 4;
+    fake.gpr[Gpr::Rdx.number()] = 0x80;
+    // rep outsb
+    let insn = decode(&[0xf3, 0x6e], Mode::Bits64).expect("decodes");
+    let mut log = MmioLog::new();
+    for _ in 0..2 {
+        fake.port_buffer = [0; 64];
+        let step = execute(&insn, &mut fake, &mut log);
+        assert!(matches!(step, Step::Out { count: 4, .. }), "{step:?}");
+        assert_eq!(fake.port_buffer[..4], [1, 2, 3, 4]);
+    }
+    log.answer(0);
+    fake.port_buffer = [0; 64];
+    fake.poke(FROM, &[9; 4]);
+    assert_eq!(execute(&insn, &mut fake, &mut log), Step::Done);
+    assert_eq!(fake.port_buffer, [0; 64]);
+    assert_eq!(fake.gpr[Gpr::Rsi.number()], FROM + 4);
+    assert_eq!(fake.gpr[Gpr::Rcx.number()], 0);
+}

@@ -130,6 +130,11 @@ impl MmioLog {
         }
     }
 
+    /// The next access of the instruction is one that user space has served.
+    pub(super) const fn has_answer(&self) -> bool {
+        self.cursor < self.len && !self.waiting
+    }
+
     /// Looks up the next access of the instruction.
     pub(super) fn recall(&mut self, kind: Kind, address: u64, size: u8, count: u16) -> Recall {
         if self.cursor < self.len {
