@@ -31,7 +31,7 @@ use crate::memory::{self, AccessError};
 
 /// The instruction under way, if one waits for the client.
 pub struct Emulation {
-    pub(super) cache: DecodeCache,
+    pub(super) cache: Box<DecodeCache>,
     /// Which of the cache's. It looks nothing up until this one is done.
     insn: Option<Decoded>,
     log: MmioLog,
@@ -46,12 +46,18 @@ pub struct Emulation {
     pub(super) moves: Moves,
 }
 
+/// Apart and never inlined: a kernel's stack is small.
+#[inline(never)]
+fn empty_cache() -> Result<Box<DecodeCache>, NoMemory> {
+    try_box(DecodeCache::new())
+}
+
 impl Emulation {
     /// None under way.
     #[inline(never)]
     pub fn boxed() -> Result<Box<Self>, NoMemory> {
         try_box(Self {
-            cache: DecodeCache::new(),
+            cache: empty_cache()?,
             insn: None,
             log: MmioLog::new(),
             split_lock: None,
