@@ -581,6 +581,11 @@ fn kept_answers_are_those_of_the_table() {
             }
         }
     }
+    // The same question, and another view.
+    for view in [UP, osxsave, UP] {
+        let kept = answers.get(&table, 1, 0, &view);
+        assert_eq!(kept, table.lookup(1, 0, &view), "{view:?}");
+    }
     let before = answers.get(&table, 1, 0, &UP);
     let row = entry(1, 0, result(before.eax, before.ebx, 0, 0));
     table.set(&[row]).unwrap();
