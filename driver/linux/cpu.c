@@ -104,14 +104,14 @@ u32 haxm_os_keeps_vmxe(void)
 	return !IS_ENABLED(HAXM_CR4_DIRECT);
 }
 
-/* VMPTRST is #UD outside VMX operation; nothing else tells. */
+/* The instruction is #UD outside VMX operation; nothing else tells. */
 u32 haxm_os_in_vmx_operation(void)
 {
-	u64 vmcs;
+	u64 pointer;
 
 	asm goto("1: vmptrst (%0)\n\t"
 		 _ASM_EXTABLE(1b, %l[outside])
-		 : : "r"(&vmcs) : "memory", "cc" : outside);
+		 : : "r"(&pointer) : "memory", "cc" : outside);
 	return 1;
 outside:
 	return 0;

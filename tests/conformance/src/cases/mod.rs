@@ -51,6 +51,7 @@ mod mmio;
 mod mmio_edges;
 mod mmio_moves;
 mod mmio_strings;
+mod mode_changes;
 mod msr;
 mod paused;
 mod pio;
@@ -156,6 +157,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "control",
         cases: control::CASES,
+    },
+    Group {
+        name: "mode_changes",
+        cases: mode_changes::CASES,
     },
     Group {
         name: "task_switch",

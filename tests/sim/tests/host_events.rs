@@ -1,0 +1,144 @@
+//! What ends RUN from outside, and what of the host reaches or leaves a processor with a guest.
+
+use abi::tunnel::{ExitStatus, offset};
+use sim::client::{CODE, Client};
+use sim::{Machine, Profile, Step};
+use vmx::Vm;
+
+fn client() -> Client {
+    let client = Client::new(&Machine::haswell());
+    client.protected_mode();
+    client
+}
+
+#[test]
+fn host_events_end_run() {
+    let client = client();
+    assert_eq!(
+        client.run([Step::host_interrupt(), Step::output(1, 1, 1)]),
+        ExitStatus::Interrupt
+    );
+    assert_eq!(client.tunnel().exit_reason, 1);
+    assert_eq!(client.machine.counts().host_interrupts, 1);
+    assert_eq!(client.run([]), ExitStatus::Io);
+    // A signal that waits ends RUN before the guest runs.
+    client.machine.set_event_pending(true);
+    let before = client.machine.counts();
+    assert_eq!(client.run([]), ExitStatus::Interrupt);
+    let after = client.machine.counts();
+    assert_eq!(before.vmresume, after.vmresume);
+    client.machine.set_event_pending(false);
+    // So does the client's word, once.
+    client.set_tunnel(offset::USER_EVENT_PENDING, 1);
+    assert_eq!(client.run([]), ExitStatus::Interrupt);
+    assert_eq!(client.tunnel().user_event_pending, 0);
+    // And the request to pause.
+    client.set_tunnel(offset::EXIT_REASON, abi::tunnel::EXIT_REASON_PAUSE);
+    assert_eq!(client.run([]), ExitStatus::Paused);
+    client.finish();
+}
+
+#[test]
+fn a_host_nmi_reaches_the_host_once() {
+    let client = client();
+    assert_eq!(
+        client.run([Step::host_nmi(), Step::output(1, 1, 1)]),
+        ExitStatus::Io
+    );
+    assert_eq!(client.machine.counts().raise_nmi, 1);
+    client.finish();
+}
+
+#[test]
+fn a_machine_check_is_the_hosts_and_ends_the_guest() {
+    let client = client();
+    let machine_check = vmx::arch::event::vector::MC;
+    assert_eq!(
+        client.run([Step::exception(machine_check, None, 0)]),
+        ExitStatus::StateChange
+    );
+    assert_eq!(client.machine.counts().raise_machine_check, 1);
+    client.finish();
+}
+
+#[test]
+fn a_change_of_guest_bars_its_branch_predictions() {
+    let client = Client::new(&Machine::new(Profile::skylake_x(), 1));
+    let other = Vm::create_vcpu(&client.vm, 1).unwrap();
+    let writes = || {
+        let before = client.machine.counts().wrmsr;
+        assert_eq!(client.run([Step::output(1, 1, 1)]), ExitStatus::Io);
+        client.machine.counts().wrmsr - before
+    };
+    writes();
+    let again = writes();
+    other.regs().unwrap();
+    // IA32_PRED_CMD, and nothing else that the run before did not write.
+    assert_eq!(writes(), again + 1);
+    assert_eq!(writes(), again);
+    drop(other);
+    client.finish();
+}
+
+#[test]
+fn a_kick_ends_a_run_on_another_thread() {
+    let client = client();
+    let vcpu = client.vcpu.clone();
+    let machine = client.machine.clone();
+    let thread = std::thread::spawn(move || {
+        machine.script([Step::spin_until_interrupt()]);
+        vcpu.run()
+    });
+    while !thread.is_finished() {
+        client.vcpu.kick();
+        std::thread::yield_now();
+    }
+    assert_eq!(thread.join().unwrap(), Ok(()));
+    assert_eq!(client.tunnel().status(), Some(ExitStatus::Interrupt));
+    client.finish();
+}
+
+/// QEMU tells the thread of the other vCPU by a signal that is blocked there:
+/// without help it hears of the interrupt at the host's next tick.
+#[test]
+fn an_interprocessor_interrupt_ends_the_runs_of_the_other_vcpus() {
+    let client = client();
+    let machine = &client.machine;
+    // One processor each, and no VMCS to be fetched from the other's.
+    machine.set_affinity(Some(0));
+    let second = Vm::create_vcpu(&client.vm, 1).unwrap();
+    second.set_regs(&client.regs()).unwrap();
+    let entries = machine.counts().vmlaunch;
+    let spinning = machine.clone();
+    let thread = std::thread::spawn(move || {
+        spinning.set_affinity(Some(1));
+        spinning.script([Step::spin_until_interrupt()]);
+        second.run()
+    });
+    while machine.counts().vmlaunch == entries {
+        std::thread::yield_now();
+    }
+    let write_to = |place: u8| {
+        // mov [fee00xx0h], eax
+        client.load(CODE, &[0xa3, place << 4, place >> 4, 0xe0, 0xfe]);
+        client.change_regs(|state| state.rip = CODE);
+        let at = 0xfee0_0000 | u64::from(place) << 4;
+        assert_eq!(client.run([Step::write(at, 4, 0, 5)]), ExitStatus::FastMmio);
+        client.set_tunnel(offset::USER_EVENT_PENDING, 1);
+        assert_eq!(client.run([]), ExitStatus::Interrupt);
+    };
+    for _ in 0..100 {
+        write_to(0x31); // its upper half sends nothing
+    }
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert!(!thread.is_finished());
+    let mut rounds = 0;
+    while !thread.is_finished() {
+        rounds += 1;
+        assert!(rounds < 1000, "the other RUN goes on");
+        write_to(0x30);
+        std::thread::yield_now();
+    }
+    assert_eq!(thread.join().unwrap(), Ok(()));
+    client.finish();
+}
