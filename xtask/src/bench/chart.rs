@@ -7,8 +7,8 @@ use super::rows::{self, Row, Target};
 use super::table::{Line, grouped};
 
 /// Width of the picture, of the names on its left and of the figures on its right, in pixels.
-const WIDTH: f64 = 930.0;
-const NAMES: f64 = 400.0;
+const WIDTH: f64 = 970.0;
+const NAMES: f64 = 440.0;
 const FIGURES: f64 = 150.0;
 /// Height of a row and of its bar, and room above and below the rows.
 const ROW: f64 = 26.0;
