@@ -13,6 +13,7 @@ use haxm_vmx::Error;
 use haxm_vmx::arch::addr::{Gpa, Hva};
 use haxm_vmx::arch::ept::EptVpidCaps;
 use haxm_vmx::memory::{Access, AccessError, AddressSpace, FaultOutcome, Reserve};
+use memory_host::access::{back, fault, frame_at};
 use memory_host::{Allocator, Backing, FakeHost, PAGE};
 
 #[global_allocator]
@@ -32,38 +33,6 @@ fn machine() -> (FakeHost, AddressSpace<FakeHost>) {
     let host = FakeHost::new(4);
     let space = AddressSpace::new(&host, ALL, 48).unwrap();
     (host, space)
-}
-
-/// Backs `size` bytes of the client from `va` with frames from `frame` up.
-fn back(host: &FakeHost, va: u64, size: u64, frame: u64, shift: u32) {
-    for page in 0..size / PAGE {
-        let backing = Backing {
-            frame: frame + page,
-            writable: true,
-            shift,
-        };
-        host.back(va / PAGE + page, backing);
-    }
-}
-
-/// Faults until the answer is final.
-fn fault(space: &AddressSpace<FakeHost>, gpa: u64, access: Access) -> Result<FaultOutcome, Error> {
-    let mut reserve = Reserve::new();
-    for _ in 0..4 {
-        match space.fault(Gpa(gpa), access, &mut reserve) {
-            Ok(FaultOutcome::Retry) => {}
-            other => return other,
-        }
-    }
-    Ok(FaultOutcome::Retry)
-}
-
-/// The frame that the guest reaches at `gpa`, after a fault.
-fn frame_at(host: &FakeHost, space: &AddressSpace<FakeHost>, gpa: u64) -> Option<u64> {
-    match fault(space, gpa, Access::READ) {
-        Ok(FaultOutcome::Mapped) => Some(host.translate(space.eptp(), gpa).unwrap().0),
-        _ => None,
-    }
 }
 
 /// The story this project started from: the Android Emulator maps short-lived

@@ -5,6 +5,7 @@
 #![allow(unsafe_code, reason = "not every test file uses every part")]
 #![allow(dead_code, reason = "not every test file uses every part")]
 
+pub(crate) mod access;
 mod cpu;
 mod pins;
 
