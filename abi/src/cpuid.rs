@@ -5,7 +5,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::layout::assert_layout;
+use crate::assert::assert_layout;
 
 /// Most entries a request may carry.
 pub const MAX_CPUID_ENTRIES: u32 = 0x40;

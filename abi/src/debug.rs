@@ -3,7 +3,7 @@
 use bitflags::bitflags;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::layout::assert_layout;
+use crate::assert::assert_layout;
 
 bitflags! {
     /// `control` of [`VcpuDebug`].

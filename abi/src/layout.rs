@@ -1,10 +1,11 @@
-//! The 21 structures as data, with HAXM's C names, and the compile-time check of every offset.
+//! The 21 structures as data, with HAXM's C names.
 //!
 //! Two independent statements meet here. `assert_layout!` compares each Rust field's place with the numbers
 //! of the ABI, written as `start..end`. [`STRUCTS`] takes the place of each C field from the Rust field that
 //! represents it and holds no numbers of its own, except where a C union gives a part of a field another
 //! name: there `field[start..end]` are bytes within that field.
 
+use crate::assert::size_of_field;
 use crate::cpuid::{CPUID_ENTRIES_OFFSET, CpuidEntry, CpuidHeader};
 use crate::debug::VcpuDebug;
 use crate::module::{CapabilityInfo, ModuleVersion, QemuVersion, SetMemlimit};
@@ -14,29 +15,6 @@ use crate::tunnel::{
     FastMmio, Tunnel, TunnelDebug, TunnelInfo, TunnelIo, TunnelMmio, TunnelPageFault, TunnelState,
 };
 use crate::vcpu_state::{FxLayout, InterruptibilityState, SegmentDesc, VcpuState};
-
-/// Asserts size, alignment and the span of every field of a structure, and that the fields fill it.
-macro_rules! assert_layout {
-    ($ty:ident, size $size:literal, align $align:literal; $($field:ident $start:literal .. $end:literal),+) => {
-        static_assertions::const_assert_eq!(size_of::<$ty>(), $size);
-        static_assertions::const_assert_eq!(align_of::<$ty>(), $align);
-        $(
-            static_assertions::const_assert_eq!(memoffset::offset_of!($ty, $field), $start);
-            static_assertions::const_assert_eq!(
-                $crate::layout::size_of_field(|value: &$ty| &value.$field),
-                $end - $start
-            );
-        )+
-        // The spans listed cover the structure, so no field was left out.
-        static_assertions::const_assert_eq!(0 $(+ $end - $start)+, $size);
-    };
-}
-pub(crate) use assert_layout;
-
-/// Size of the type a field projection yields. The projection is never called.
-pub(crate) const fn size_of_field<T, F>(_projection: fn(&T) -> &F) -> usize {
-    size_of::<F>()
-}
 
 /// One C structure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

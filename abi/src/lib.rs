@@ -25,6 +25,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+mod assert;
 pub mod constants;
 pub mod cpuid;
 pub mod debug;

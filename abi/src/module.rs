@@ -4,7 +4,7 @@
 use bitflags::bitflags;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::layout::assert_layout;
+use crate::assert::assert_layout;
 
 /// API version this ABI is: what VERSION returns as `cur_version`. It never changed in HAXM's public
 /// history; features are announced by [`Capabilities`] instead.

@@ -2,7 +2,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::layout::assert_layout;
+use crate::assert::assert_layout;
 
 /// Length of the array in [`MsrData`].
 pub const MSR_ARRAY_LEN: usize = 0x20;

@@ -4,7 +4,7 @@
 use bitflags::bitflags;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::layout::assert_layout;
+use crate::assert::assert_layout;
 
 /// First guest frame number (GPA / 4096) that SET_RAM refuses: a mapping must end at or below
 /// `MAX_GFN * 4096` bytes less one page (8 TB).

@@ -9,7 +9,7 @@
 use bitflags::bitflags;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::layout::assert_layout;
+use crate::assert::assert_layout;
 
 /// Bytes of the tunnel: a whole page.
 pub const TUNNEL_SIZE: u16 = 4096;

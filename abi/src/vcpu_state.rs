@@ -4,7 +4,7 @@
 use bitflags::bitflags;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-use crate::layout::assert_layout;
+use crate::assert::assert_layout;
 
 bitflags! {
     /// `ar` of [`SegmentDesc`]: the access-rights format of the VMCS (SDM 25.4.1 "Guest Register State").

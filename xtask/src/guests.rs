@@ -5,7 +5,7 @@ use testbed::Flavour;
 use testbed::client::{Boot, Machine, System};
 
 use crate::vectors::{self, Registers};
-use crate::{run, setup};
+use crate::{boot, setup};
 
 /// A guest, the emulated PC's kernel for it, and the PC's processors; or two that use vector registers.
 #[derive(Clone, Debug)]
@@ -107,13 +107,13 @@ impl Stage {
                 flavour,
                 host_cpus,
             } => {
-                let pc = run::machine(parts, *flavour).cpus(*host_cpus);
-                let outcome = run::boot(parts, boot, pc, &mut serial)?;
-                let judged = run::judge(&outcome);
+                let pc = boot::machine(parts, *flavour).cpus(*host_cpus);
+                let outcome = boot::run(parts, boot, pc, &mut serial)?;
+                let judged = boot::judge(&outcome);
                 (outcome, judged)
             }
             Self::Vectors(registers) => {
-                let pc = run::machine(parts, self.flavour());
+                let pc = boot::machine(parts, self.flavour());
                 let outcome = vectors::run(parts, pc, *registers, &mut serial)?;
                 let judged = vectors::judge(&outcome, *registers);
                 (outcome, judged)

@@ -5,6 +5,7 @@
 
 mod abi;
 mod bench;
+mod boot;
 mod conformance;
 mod guests;
 mod lint;

@@ -1,16 +1,15 @@
 //! `cargo xtask run`: the main job. Boots the emulated PC, loads haxm.ko, and boots a guest with QEMU's
 //! hax accelerator on it.
 
-use std::io::Write;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use testbed::client::{Boot, Machine, System, Verdict, verdict};
-use testbed::{Flavour, Outcome, Pc, WorkFolder};
+use testbed::client::{Boot, Machine, System};
+use testbed::{Flavour, Outcome};
 
-use crate::setup;
 use crate::vectors::{self, Registers};
+use crate::{boot, setup};
 
 const HELP: &str = "usage: cargo xtask run [OPTIONS]
 Boots the emulated PC, loads haxm.ko, probes /dev/HAX, and boots a guest under QEMU -accel hax.
@@ -25,13 +24,6 @@ The guest's console comes as it boots; the exit code is 0 only if the guest pass
   --kvm        under KVM instead of haxm.ko
   --vectors R  instead, AVX or AVX-512: two tiny guests and a process of the emulated PC all use them
   --verbose    a Linux guest prints all its messages";
-
-/// What the guest may take.
-const LIMIT: Duration = Duration::from_secs(600);
-
-/// Instructions per emulated second where Linux measures its clock: with fewer it finds that reading
-/// another clock, an exit, takes too long to compare with.
-const CLOCK_RATE: u32 = 400_000_000;
 
 /// What the command line asks for.
 struct Options {
@@ -118,7 +110,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
         options.cpus
     );
     let serial = &mut std::io::stdout();
-    let pc = machine(&parts, options.flavour).cpus(options.cpus);
+    let pc = boot::machine(&parts, options.flavour).cpus(options.cpus);
     let (outcome, judged) = match options.vectors {
         Some(registers) => {
             let outcome = vectors::run(&parts, pc, registers, serial)?;
@@ -126,8 +118,8 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
             (outcome, judged)
         }
         None => {
-            let outcome = boot(&parts, &options.boot, pc, serial)?;
-            let judged = judge(&outcome);
+            let outcome = boot::run(&parts, &options.boot, pc, serial)?;
+            let judged = boot::judge(&outcome);
             (outcome, judged)
         }
     };
@@ -142,79 +134,6 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
             println!("run: FAILED: {why}\n{outcome}");
             Ok(ExitCode::FAILURE)
         }
-    }
-}
-
-/// Boots one guest on this emulated PC of [`machine`].
-///
-/// # Errors
-/// The emulated PC could not be started. What happens in it is in the outcome.
-pub(crate) fn boot(
-    parts: &setup::Parts,
-    boot: &Boot,
-    pc: Pc,
-    serial: &mut dyn Write,
-) -> Result<Outcome> {
-    let (before, after) = match boot.accelerator {
-        "hax" => (DRIVER_IN, DRIVER_OUT),
-        _ => ("", ""),
-    };
-    let script = format!(
-        "{before}\ntick start\n{}\ncode=$?\ntick end\n{after}\nexit $code",
-        boot.shell_script()
-    );
-    let mut pc = pc.memory_mb(boot.system.host_memory_mb()).script(&script);
-    if boot.accelerator == "kvm" {
-        pc = pc.module("kvm-intel", "");
-    }
-    if boot.clock_seconds.is_some() {
-        pc = pc.instructions_per_second(CLOCK_RATE);
-    }
-    parts.client.add_to(pc.files());
-    boot.system.ensure(&WorkFolder::open()?)?.add_to(pc.files());
-    println!(
-        "run: QEMU -accel {}, {} on {} with {} CPU(s)",
-        boot.accelerator,
-        boot.system.name(),
-        boot.machine.name(),
-        boot.cpus
-    );
-    pc.run(serial)
-}
-
-/// The start of a script that uses the driver.
-pub(crate) const DRIVER_IN: &str = "insmod /haxm.ko || exit 3
-echo \"haxm.ko $(cat /sys/module/haxm/version) loaded\"
-/conformance probe || exit 4";
-
-/// And its end, before the exit.
-pub(crate) const DRIVER_OUT: &str = "rmmod haxm || exit 5
-dmesg | grep 'haxm:'";
-
-/// An emulated PC that has the driver's module and the client that probes it.
-pub(crate) fn machine(parts: &setup::Parts, flavour: Flavour) -> Pc {
-    Pc::new()
-        .kernel(flavour)
-        .file("/haxm.ko", &parts.module)
-        .file("/conformance", &parts.conformance)
-        .timeout(LIMIT)
-}
-
-/// The guest said PASS, and the script around it ended well.
-///
-/// # Errors
-/// What did not.
-pub(crate) fn judge(outcome: &Outcome) -> Result<()> {
-    ensure!(
-        outcome.success(),
-        "{}, code {}",
-        outcome.cause,
-        outcome.code
-    );
-    match verdict(&outcome.serial) {
-        Some(Verdict::Pass) => Ok(()),
-        Some(fail) => bail!("the guest: {fail}"),
-        None => bail!("the guest came to no verdict"),
     }
 }
 

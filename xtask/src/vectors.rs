@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use testbed::client::{Boot, Machine, guest_init};
 use testbed::{Outcome, Pc, WorkFolder, cpu};
 
-use crate::{run, setup};
+use crate::{boot, setup};
 
 /// What the three use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +39,7 @@ impl Registers {
     }
 }
 
-/// Runs all three on this emulated PC of [`run::machine`].
+/// Runs all three on this emulated PC of [`boot::machine`].
 ///
 /// # Errors
 /// The emulated PC could not be started. What happens in it is in the outcome.
@@ -91,10 +91,10 @@ cat /tmp/a /tmp/b
 [ $together = yes ] || code=8
 {}
 exit ${{code:-0}}",
-        run::DRIVER_IN,
+        boot::DRIVER_IN,
         guest(1000).shell_line(),
         guest(2000).shell_line(),
-        run::DRIVER_OUT
+        boot::DRIVER_OUT
     )
 }
 
@@ -111,7 +111,7 @@ pub(crate) fn judge(outcome: &Outcome, registers: Registers) -> Result<()> {
         outcome.code != 8,
         "the guests did not use them at the same time"
     );
-    run::judge(outcome)?;
+    boot::judge(outcome)?;
     let count = |line: &str| outcome.serial.lines().filter(|l| l.trim() == line).count();
     let begin = format!("guest: vectors begin, {}", registers.name());
     ensure!(
