@@ -197,6 +197,21 @@ impl Step {
         Self::new("write", length, move |guest| guest.write(gpa, size, value))
     }
 
+    /// Reads device memory and writes it, by one instruction of `length` bytes.
+    /// The exit is called a write, and with `both` a read too: processors differ.
+    #[must_use]
+    pub fn update(gpa: u64, both: bool, length: u64) -> Self {
+        Self::new("update", length, move |guest| {
+            guest.write(gpa, 1, 0).map_err(|stop| match stop {
+                Stop::Exit(mut exit) => {
+                    exit.qualification |= u64::from(both);
+                    Stop::Exit(exit)
+                }
+                fault @ Stop::Fault { .. } => fault,
+            })
+        })
+    }
+
     /// Fetches from guest-physical memory.
     #[must_use]
     pub fn fetch(gpa: u64) -> Self {

@@ -1,4 +1,4 @@
-//! A MOV to or from a device: the client has the access, the instruction waits to be finished.
+//! A plain instruction on a device: the client has the access, the instruction waits to be finished.
 
 use abi::tunnel::{ExitStatus, offset};
 use sim::client::{CODE, Client};
@@ -18,6 +18,12 @@ const LOAD: [u8; 5] = [0xa1, 0, 0, 0, 0xd0];
 const LOAD_BYTE: [u8; 5] = [0xa0, 0, 0, 0, 0xd0];
 /// mov [d0000000h], eax
 const STORE: [u8; 5] = [0xa3, 0, 0, 0, 0xd0];
+/// test dword ptr [d0000000h], 80000001h
+const TEST: [u8; 10] = [0xf7, 0x05, 0, 0, 0, 0xd0, 1, 0, 0, 0x80];
+/// add [d0000000h], eax
+const ADD: [u8; 6] = [0x01, 0x05, 0, 0, 0, 0xd0];
+/// CF, PF, ZF, SF, OF.
+const STATUS: u64 = 0x8c5;
 
 fn guest(code: &[u8]) -> Client {
     let client = Client::new(&Machine::haswell());
@@ -260,4 +266,126 @@ fn a_client_that_begins_to_step_sees_it_end() {
     client.vcpu.set_debug(&debug).unwrap();
     assert_eq!(client.run([]), ExitStatus::Debug);
     assert_eq!(client.regs().rip, CODE + 5);
+}
+
+/// No flag changes before the answer is there, and then all do: ZF, PF, SF by the value, CF and OF clear.
+#[test]
+fn a_test_sets_flags_when_it_is_done() {
+    let client = guest(&TEST);
+    for (value, flags) in [(0x8000_0000u32, 0x84u64), (1, 0), (6, 0x44)] {
+        client.change_regs(|state| {
+            state.rip = CODE;
+            state.rflags = 2 | STATUS;
+        });
+        let status = client.run([Step::read(DEVICE, 4, 0, 10)]);
+        assert_eq!(status, ExitStatus::FastMmio);
+        let record = client.fast_mmio();
+        assert_eq!((record.gpa, record.size, record.direction), (DEVICE, 4, 0));
+        assert_eq!(client.regs().rflags & STATUS, STATUS);
+        answer(&client, u64::from(value));
+        let state = client.regs();
+        assert_eq!((state.rip, state.rflags & STATUS), (CODE + 10, flags));
+    }
+    client.finish();
+}
+
+/// The register is the second operand of one and the first of the other.
+#[test]
+fn a_compare_knows_its_first_operand() {
+    // cmp [d0000000h], eax; cmp eax, [d0000000h]; sub eax, [d0000000h]
+    let code = [
+        0x39, 0x05, 0, 0, 0, 0xd0, 0x3b, 0x05, 0, 0, 0, 0xd0, 0x2b, 0x05, 0, 0, 0, 0xd0,
+    ];
+    let client = guest(&code);
+    client.change_regs(|state| state.rax = 5);
+    for (carry, result) in [(1, 5), (0, 5), (0, 1)] {
+        let status = client.run([Step::read(DEVICE, 4, 0, 6)]);
+        assert_eq!(status, ExitStatus::FastMmio);
+        answer(&client, 4);
+        let state = client.regs();
+        assert_eq!((state.rflags & 1, state.rax), (carry, result));
+    }
+    client.finish();
+}
+
+/// A read and a write, and nothing of the guest's changes until both are done.
+#[test]
+fn an_update_is_a_read_and_a_write() {
+    let client = guest(&ADD);
+    for both in [false, true] {
+        client.change_regs(|state| {
+            state.rip = CODE;
+            state.rax = 0x8000_0001;
+            state.rflags = 2 | RF;
+        });
+        assert_eq!(
+            client.run([Step::update(DEVICE, both, 6)]),
+            ExitStatus::FastMmio
+        );
+        let record = client.fast_mmio();
+        assert_eq!((record.gpa, record.size, record.direction), (DEVICE, 4, 0));
+        client.set_io_buffer(VALUE, &0xffff_ffff_8000_0005u64.to_le_bytes());
+        assert_eq!(client.run([]), ExitStatus::FastMmio);
+        let record = client.fast_mmio();
+        assert_eq!((record.gpa, record.size, record.direction), (DEVICE, 4, 1));
+        assert_eq!(record.value, 6);
+        let state = client.regs();
+        assert_eq!((state.rip, state.rflags & (STATUS | RF)), (CODE, RF));
+        answer(&client, u64::MAX);
+        let state = client.regs();
+        assert_eq!((state.rip, state.rax), (CODE + 6, 0x8000_0001));
+        // CF, PF, OF.
+        assert_eq!(state.rflags & (STATUS | RF), 0x805);
+    }
+    client.finish();
+}
+
+/// Between the two accesses of an update: with another RIP nothing more happens.
+#[test]
+fn another_rip_gives_an_update_up() {
+    let client = guest(&ADD);
+    let status = client.run([Step::write(DEVICE, 4, 0, 6)]);
+    assert_eq!(status, ExitStatus::FastMmio);
+    assert_eq!(client.run([]), ExitStatus::FastMmio);
+    client.change_regs(|state| {
+        state.rip = CODE + 0x100;
+        state.rflags = 2 | STATUS;
+    });
+    answer(&client, 0x42);
+    let state = client.regs();
+    assert_eq!(state.rip, CODE + 0x100);
+    assert_eq!(state.rflags & STATUS, STATUS);
+    client.finish();
+}
+
+/// ROM that an instruction reads and writes: it is read, and the client has the write alone.
+#[test]
+fn an_update_of_rom_is_a_write() {
+    let client = guest(&[]);
+    let rom = 0x40_0000;
+    let buffer = client.process.map(0x1000);
+    client.process.poke(buffer, &0x1122_3344u32.to_le_bytes());
+    let flags = abi::ram::RamFlags::ROM | abi::ram::RamFlags::STANDALONE;
+    client
+        .vm
+        .set_ram(rom, 0x1000, buffer.0, flags.bits())
+        .unwrap();
+    // add [rom], eax
+    let mut code = ADD;
+    code[2..6].copy_from_slice(&(rom as u32).to_le_bytes());
+    for _ in 0..2 {
+        client.load(CODE, &code);
+        client.change_regs(|state| {
+            state.rip = CODE;
+            state.rax = 3;
+        });
+        let status = client.run([Step::write(rom, 4, 0, 6)]);
+        assert_eq!(status, ExitStatus::FastMmio);
+        let record = client.fast_mmio();
+        assert_eq!((record.gpa, record.size, record.direction), (rom, 4, 1));
+        assert_eq!(record.value, 3 + 0x1122_3344);
+        answer(&client, 0);
+        assert_eq!(client.regs().rip, CODE + 6);
+    }
+    client.finish();
 }

@@ -5,7 +5,7 @@
 use super::decode::{DecodeError, MAX_INSN_LEN, decode};
 use super::insn::Insn;
 use super::machine::Mode;
-use super::plain::PlainMove;
+use super::plain::Plain;
 
 /// Entries; a power of two.
 const ENTRIES: usize = 8;
@@ -57,7 +57,7 @@ struct Entry {
     /// As [`Code::first`] gives them.
     bytes: u128,
     insn: Insn,
-    plain: Option<PlainMove>,
+    plain: Option<Plain>,
 }
 
 /// An entry of a [`DecodeCache`], good until the next
@@ -102,7 +102,7 @@ impl DecodeCache {
         *slot = Some(Entry {
             bytes: code.first(insn.len),
             insn,
-            plain: PlainMove::of(&insn),
+            plain: Plain::of(&insn),
         });
         Ok(Decoded(index))
     }
@@ -113,9 +113,9 @@ impl DecodeCache {
         Some(&self.entries.get(decoded.0)?.as_ref()?.insn)
     }
 
-    /// The instruction as a plain move, if it is one.
+    /// The instruction as a plain one, if it is.
     #[must_use]
-    pub fn plain(&self, decoded: Decoded) -> Option<&PlainMove> {
+    pub fn plain(&self, decoded: Decoded) -> Option<&Plain> {
         self.entries.get(decoded.0)?.as_ref()?.plain.as_ref()
     }
 }

@@ -290,9 +290,10 @@ impl Op {
         )
     }
 
-    /// Touches no memory but its operands, and of the segment registers only
-    /// theirs.
-    const fn is_arithmetic_or_move(self) -> bool {
+    /// Puts a function of its one or two operands into the first, or nowhere,
+    /// and sets status flags by it.
+    #[must_use]
+    pub const fn is_computed(self) -> bool {
         matches!(
             self,
             Self::Add
@@ -304,38 +305,47 @@ impl Op {
                 | Self::Xor
                 | Self::Cmp
                 | Self::Test
-                | Self::Mov
-                | Self::Movzx
-                | Self::Movsx
-                | Self::Movbe
-                | Self::Xchg
-                | Self::Cmpxchg
-                | Self::Xadd
                 | Self::Inc
                 | Self::Dec
                 | Self::Not
                 | Self::Neg
-                | Self::Set(_)
-                | Self::Cmov(_)
-                | Self::Rol
-                | Self::Ror
-                | Self::Shl
-                | Self::Shr
-                | Self::Sar
-                | Self::Bt
-                | Self::Bts
-                | Self::Btr
-                | Self::Btc
-                | Self::Movs
-                | Self::Cmps
-                | Self::Stos
-                | Self::Lods
-                | Self::Scas
-                | Self::VecMove
-                | Self::VecMoveAligned
-                | Self::VecLoad
-                | Self::VecStore
         )
+    }
+
+    /// Touches no memory but its operands, and of the segment registers only
+    /// theirs.
+    const fn is_arithmetic_or_move(self) -> bool {
+        self.is_computed()
+            || matches!(
+                self,
+                Self::Mov
+                    | Self::Movzx
+                    | Self::Movsx
+                    | Self::Movbe
+                    | Self::Xchg
+                    | Self::Cmpxchg
+                    | Self::Xadd
+                    | Self::Set(_)
+                    | Self::Cmov(_)
+                    | Self::Rol
+                    | Self::Ror
+                    | Self::Shl
+                    | Self::Shr
+                    | Self::Sar
+                    | Self::Bt
+                    | Self::Bts
+                    | Self::Btr
+                    | Self::Btc
+                    | Self::Movs
+                    | Self::Cmps
+                    | Self::Stos
+                    | Self::Lods
+                    | Self::Scas
+                    | Self::VecMove
+                    | Self::VecMoveAligned
+                    | Self::VecLoad
+                    | Self::VecStore
+            )
     }
 
     /// Is a string instruction, the kind a repeat prefix applies to.

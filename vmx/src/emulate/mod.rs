@@ -37,8 +37,8 @@
 //!
 //! # Shortcuts
 //!
-//! A [`DecodeCache`] remembers what bytes decoded to. A [`PlainMove`] is an
-//! instruction that needs no second pass: the caller can make its one access
+//! A [`DecodeCache`] remembers what bytes decoded to. A [`Plain`] is an
+//! instruction that needs no second pass: the caller can make its accesses
 //! and finish it by itself.
 //!
 //! # Restart by replay
@@ -72,7 +72,7 @@ pub use machine::{
     SegmentState, Table, VectorBytes,
 };
 pub use mmio::MmioLog;
-pub use plain::{Load, PlainMove};
+pub use plain::{Compute, Computed, Load, Plain, Rest};
 
 /// What [`execute`] achieved, or needs, in one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

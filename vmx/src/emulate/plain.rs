@@ -1,11 +1,14 @@
-//! Plain moves: instructions that make one access to memory and do nothing
-//! else but put what they read, extended or not, into a register.
+//! Plain instructions: those that access memory through one operand, and do
+//! nothing else but change a register, the status flags, or that operand.
 //!
-//! MOV, MOVZX, MOVSX, MOVSXD, MOVNTI and MOVDIRI with one memory operand. Such
-//! an instruction needs no second pass when user space has answered: a store
-//! has nothing left to do, and a load has its value. What it means is the same
-//! as in [`super::execute`]; `vmx/tests/emulate_plain.rs` compares the two.
+//! MOV and its kin (MOVZX, MOVSX, MOVSXD, MOVNTI, MOVDIRI); CMP and TEST; ADD,
+//! OR, ADC, SBB, AND, SUB, XOR, INC, DEC, NOT and NEG. Such an instruction needs
+//! no second pass when user space has answered: a store has nothing left to do,
+//! and for the others the value read is all that was missing. What they mean is
+//! the same as in [`super::execute`]; `vmx/tests/emulate_plain.rs` compares the
+//! two.
 
+use super::execute::{CF, compute};
 use super::insn::{Insn, Mem, Op, Operand};
 use super::machine::{Gpr, Mode, Seg};
 
@@ -17,6 +20,39 @@ struct Register {
     size: u8,
     /// AH, CH, DH or BH.
     high: bool,
+}
+
+impl Register {
+    /// What the whole register holds when `value` is put into this part of it.
+    /// Four bytes clear the upper half, fewer keep the rest (SDM 1 3.4.1.1
+    /// "General-Purpose Registers in 64-Bit Mode").
+    const fn merged(self, old: u64, value: u64) -> u64 {
+        match self.size {
+            1 if self.high => old & !0xff00 | (value & 0xff) << 8,
+            1 => old & !0xff | value & 0xff,
+            2 => old & !0xffff | value & 0xffff,
+            size => value & mask(size),
+        }
+    }
+}
+
+/// An operand that is a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Number {
+    Register(Register),
+    Constant(u64),
+}
+
+impl Number {
+    /// The bytes above its size mean nothing. `None`: `gpr` does not know the
+    /// register.
+    fn value(self, gpr: impl Fn(Gpr) -> Option<u64>) -> Option<u64> {
+        Some(match self {
+            Self::Constant(value) => value,
+            Self::Register(from) if from.high => gpr(from.gpr)? >> 8,
+            Self::Register(from) => gpr(from.gpr)?,
+        })
+    }
 }
 
 /// What is left of a load when memory has been read.
@@ -37,9 +73,7 @@ impl Load {
     }
 
     /// What that register holds afterwards: `old` is what it holds now, `read`
-    /// what memory gave, of which only the low [`PlainMove::size`] bytes count.
-    /// Four bytes clear the upper half, fewer keep the rest (SDM 1 3.4.1.1
-    /// "General-Purpose Registers in 64-Bit Mode").
+    /// what memory gave, of which only the low [`Plain::size`] bytes count.
     #[must_use]
     pub const fn result(&self, old: u64, read: u64) -> u64 {
         let value = match (self.signed, self.size) {
@@ -48,29 +82,101 @@ impl Load {
             (true, 4) => read as u32 as i32 as u64,
             (_, size) => read & mask(size),
         };
-        match self.to.size {
-            1 if self.to.high => old & !0xff00 | (value & 0xff) << 8,
-            1 => old & !0xff | value & 0xff,
-            2 => old & !0xffff | value & 0xffff,
-            size => value & mask(size),
-        }
+        self.to.merged(old, value)
     }
 }
 
-/// What moves.
+/// Where the result of a computation goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Target {
+    Nowhere,
+    Register(Register),
+    Memory,
+}
+
+/// What is left of a computation when memory has been read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compute {
+    op: Op,
+    /// The operand that is not memory.
+    other: Number,
+    /// Memory is the second operand.
+    memory_second: bool,
+    to: Target,
+    /// Bytes of each operand: 1, 2, 4 or 8.
+    size: u8,
+}
+
+/// What a [`Compute`] changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Computed {
+    /// All of a register.
+    pub register: Option<(Gpr, u64)>,
+    /// The memory operand, bytes above its size zero.
+    pub memory: Option<u64>,
+    /// The flags that it sets, and which of them become 1.
+    pub flags: (u64, u64),
+}
+
+impl Compute {
+    /// Bytes of memory: 1, 2, 4 or 8.
+    #[must_use]
+    pub const fn size(&self) -> u8 {
+        self.size
+    }
+
+    /// `read` is what memory gave, `flags` RFLAGS; `gpr` knows the registers.
+    /// `None`: it does not know the one that is an operand.
+    #[inline(never)]
+    pub fn outcome(
+        &self,
+        read: u64,
+        flags: u64,
+        gpr: &dyn Fn(Gpr) -> Option<u64>,
+    ) -> Option<Computed> {
+        let other = self.other.value(gpr)?;
+        let (a, b) = if self.memory_second {
+            (other, read)
+        } else {
+            (read, other)
+        };
+        let (value, found, defined) = compute(self.op, a, b, flags & CF != 0, self.size)?;
+        Some(Computed {
+            register: match self.to {
+                Target::Register(to) => Some((to.gpr, to.merged(gpr(to.gpr)?, value))),
+                _ => None,
+            },
+            memory: (self.to == Target::Memory).then_some(value & mask(self.size)),
+            flags: (defined, found),
+        })
+    }
+}
+
+/// What is left when memory has been accessed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest<'a> {
+    /// A store: nothing.
+    Nothing,
+    /// Memory was read and goes to a register.
+    Load(&'a Load),
+    /// Memory was read and is an operand; it may be written next.
+    Compute(&'a Compute),
+}
+
+/// What it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     /// Memory to a register.
     Load(Load),
-    /// A register to memory.
-    Store(Register),
-    /// An immediate to memory.
-    StoreConstant(u64),
+    /// A register or an immediate to memory.
+    Store(Number),
+    /// An operation with memory as an operand.
+    Compute(Compute),
 }
 
-/// A plain move.
+/// A plain instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PlainMove {
+pub struct Plain {
     kind: Kind,
     mem: Mem,
     /// Ones in the bits an offset has.
@@ -89,39 +195,53 @@ const fn mask(size: u8) -> u64 {
     }
 }
 
-const fn register(operand: Operand) -> Option<Register> {
-    match operand {
-        Operand::Reg { reg, size } => Some(Register {
-            gpr: reg,
-            size,
-            high: false,
-        }),
-        Operand::HighByte(reg) => Some(Register {
-            gpr: reg,
-            size: 1,
-            high: true,
-        }),
-        _ => None,
-    }
+const fn number(operand: Operand) -> Option<Number> {
+    let (gpr, size, high) = match operand {
+        Operand::Imm(value) => return Some(Number::Constant(value)),
+        Operand::Reg { reg, size } => (reg, size, false),
+        Operand::HighByte(reg) => (reg, 1, true),
+        _ => return None,
+    };
+    Some(Number::Register(Register { gpr, size, high }))
 }
 
-impl PlainMove {
-    /// `insn` as a plain move, if it is one.
+/// An operation with the operands `number` and `mem`, in this order if
+/// `memory_second`.
+fn computation(op: Op, number: Number, mem: Mem, memory_second: bool) -> Option<Kind> {
+    let to = match (op, number) {
+        (Op::Cmp | Op::Test, _) => Target::Nowhere,
+        (_, Number::Register(register)) if memory_second => Target::Register(register),
+        _ => Target::Memory,
+    };
+    Some(Kind::Compute(Compute {
+        op,
+        other: number,
+        memory_second,
+        to,
+        size: mem.size,
+    }))
+}
+
+impl Plain {
+    /// `insn` as a plain instruction, if it is one.
     #[must_use]
     pub fn of(insn: &Insn) -> Option<Self> {
-        let signed = match insn.op {
-            Op::Mov | Op::Movzx => false,
-            Op::Movsx => true,
+        let (other, mem, memory_second) = match (insn.operand(0), insn.operand(1)) {
+            (Operand::Mem(mem), Operand::None) => (Number::Constant(0), mem, false),
+            (Operand::Mem(mem), other) => (number(other)?, mem, false),
+            (other, Operand::Mem(mem)) => (number(other)?, mem, true),
             _ => return None,
         };
-        let (kind, mem) = match (insn.operand(0), insn.operand(1)) {
-            (Operand::Mem(mem), Operand::Imm(value)) => (Kind::StoreConstant(value), mem),
-            (Operand::Mem(mem), source) => (Kind::Store(register(source)?), mem),
-            (to, Operand::Mem(mem)) => {
-                let to = register(to)?;
-                let size = mem.size;
-                (Kind::Load(Load { to, size, signed }), mem)
+        let kind = match (insn.op, other) {
+            (op @ (Op::Mov | Op::Movzx | Op::Movsx), Number::Register(to)) if memory_second => {
+                Kind::Load(Load {
+                    to,
+                    size: mem.size,
+                    signed: op == Op::Movsx,
+                })
             }
+            (Op::Mov, from) => Kind::Store(from),
+            (op, _) if op.is_computed() => computation(op, other, mem, memory_second)?,
             _ => return None,
         };
         Some(Self {
@@ -133,10 +253,20 @@ impl PlainMove {
         })
     }
 
-    /// It writes memory.
+    /// Its first access to memory is a write.
     #[must_use]
     pub const fn is_store(&self) -> bool {
-        !matches!(self.kind, Kind::Load(_))
+        matches!(self.kind, Kind::Store(_))
+    }
+
+    /// It writes memory, if not at first.
+    #[must_use]
+    pub const fn writes(&self) -> bool {
+        match self.kind {
+            Kind::Load(_) => false,
+            Kind::Store(_) => true,
+            Kind::Compute(Compute { to, .. }) => matches!(to, Target::Memory),
+        }
     }
 
     /// Bytes of memory: 1, 2, 4 or 8.
@@ -169,7 +299,7 @@ impl PlainMove {
     }
 
     /// The linear address of the first byte of memory. `base` is that of
-    /// [`PlainMove::based_on`]; `gpr` knows the registers. `None`: it does not
+    /// [`Plain::based_on`]; `gpr` knows the registers. `None`: it does not
     /// know one of them.
     #[must_use]
     pub fn linear(&self, rip: u64, base: u64, gpr: impl Fn(Gpr) -> Option<u64>) -> Option<u64> {
@@ -192,26 +322,26 @@ impl PlainMove {
         })
     }
 
-    /// What a store writes, bytes above [`PlainMove::size`] zero. `None`: it
-    /// is no store, or `gpr` does not know the register.
+    /// What it writes first, bytes above [`Plain::size`] zero; 0 if it reads.
+    /// `None`: `gpr` does not know the operand that is a register, of which part
+    /// may stay as it is.
     #[must_use]
-    pub fn stored(&self, gpr: impl Fn(Gpr) -> Option<u64>) -> Option<u64> {
+    pub fn sent(&self, gpr: impl Fn(Gpr) -> Option<u64>) -> Option<u64> {
         let value = match self.kind {
-            Kind::Load(_) => return None,
-            Kind::StoreConstant(value) => value,
-            Kind::Store(from) if from.high => gpr(from.gpr)? >> 8,
-            Kind::Store(from) => gpr(from.gpr)?,
+            Kind::Load(load) => return gpr(load.to.gpr).map(|_| 0),
+            Kind::Compute(compute) => return compute.other.value(gpr).map(|_| 0),
+            Kind::Store(from) => from.value(gpr)?,
         };
         Some(value & mask(self.mem.size))
     }
 
-    /// What is left to do when memory has been read; `None` for a store, of
-    /// which nothing is.
+    /// What is left to do when the first access is done.
     #[must_use]
-    pub const fn load(&self) -> Option<Load> {
-        match self.kind {
-            Kind::Load(load) => Some(load),
-            _ => None,
+    pub const fn rest(&self) -> Rest<'_> {
+        match &self.kind {
+            Kind::Load(load) => Rest::Load(load),
+            Kind::Store(_) => Rest::Nothing,
+            Kind::Compute(compute) => Rest::Compute(compute),
         }
     }
 }

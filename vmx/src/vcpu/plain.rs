@@ -1,11 +1,13 @@
-//! Plain moves to and from device memory, in one pass.
+//! Plain instructions on device memory, in one pass.
 //!
 //! Most instructions that touch a device are a MOV between a register and one
-//! operand. The processor has told what the emulator would have to find out:
-//! which linear address, which guest-physical address, read or write. So such
-//! an instruction goes to the client at once, and what is left is remembered:
-//! put the answer into a register, move RIP. RIP stays on the instruction, and
-//! no register changes, until the client calls RUN again.
+//! operand, or compare one with a number, or set and clear bits of it. The
+//! processor has told what the emulator would have to find out: which linear
+//! address, which guest-physical address, read or write. So such an instruction
+//! goes to the client at once, and what is left is remembered: put the answer
+//! into a register, compute with it, write the result back (a second exit to the
+//! client, without the guest in between), set flags, move RIP. RIP stays on the
+//! instruction, and no register or flag changes, until the last answer is there.
 //!
 //! Why no check is repeated here. An EPT violation on the translation of a
 //! linear address is the last thing that can happen to an access: SDM 29.3.3.3
@@ -20,6 +22,7 @@
 //! - the operand crosses a page: then the linear address is that of either part.
 //!   It is found by comparing it with the one the instruction names, which also
 //!   proves that the bytes fetched are those that were executed;
+//! - it writes ROM after it has read it: the client has only the write;
 //! - an event was being delivered: the caller has looked;
 //! - a breakpoint register is enabled;
 //! - the instruction's bytes cannot be had at once: end of a page, page fault,
@@ -28,6 +31,7 @@
 use abi::tunnel::ExitStatus;
 
 use super::handle::Next;
+use super::registers::Registers;
 use super::reload::SEGMENTS;
 use super::vmcs::Current;
 use super::{Inner, Vcpu};
@@ -37,7 +41,7 @@ use crate::arch::exit::EptQualification;
 use crate::arch::field;
 use crate::arch::reg::{Cr0, Cr4, Interruptibility, Rflags};
 use crate::arch::segment::AccessRights;
-use crate::emulate::{Code, Decoded, Gpr, Load, MAX_INSN_LEN, Mode, PlainMove, Seg};
+use crate::emulate::{Code, Compute, Decoded, Gpr, Load, MAX_INSN_LEN, Mode, Plain, Rest, Seg};
 use crate::host::Host;
 use crate::memory::walk::{self, Paging, WalkAccess};
 
@@ -65,20 +69,24 @@ struct Touch {
     paging: Paging,
 }
 
-/// What is left to do when the client has answered.
+/// The instruction the client has an access of.
 #[derive(Clone, Copy, Debug)]
-struct Rest {
-    /// Nothing, if it is a store.
-    load: Option<Load>,
+struct Unfinished {
+    /// The cache looks nothing up before it is finished.
+    insn: Decoded,
+    /// The access is the write of its result; the flags that it defines, and
+    /// those of them that become 1.
+    flags: Option<(u64, u64)>,
+    gpa: Gpa,
     next_rip: u64,
     /// See [`Touch`].
     shadow: bool,
 }
 
-/// The plain move under way, and what speeds the next one up.
+/// The plain instruction under way, and what speeds the next one up.
 #[derive(Debug)]
 pub struct Moves {
-    rest: Option<Rest>,
+    unfinished: Option<Unfinished>,
     /// Of the EPT violation that is being handled, if `touched`.
     touch: Touch,
     touched: bool,
@@ -92,7 +100,7 @@ pub struct Moves {
 impl Default for Moves {
     fn default() -> Self {
         Self {
-            rest: None,
+            unfinished: None,
             touch: Touch::default(),
             touched: false,
             pages: [u64::MAX; PAGES],
@@ -104,7 +112,7 @@ impl Default for Moves {
 impl Moves {
     /// The one under way will not be finished.
     pub(super) fn abandon(&mut self) {
-        self.rest = None;
+        self.unfinished = None;
     }
 
     fn page(&mut self, gpa: Gpa) -> Option<(&mut u64, u64)> {
@@ -140,11 +148,12 @@ pub fn foresee<H: Host>(
     }
 }
 
-/// Reads all of the [`Touch`] but `quiet`, if the access can be a plain move's.
+/// Reads all of the [`Touch`] but `quiet`, if the access can be a plain
+/// instruction's.
 fn read<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, qualification: EptQualification) {
+    // One that reads and then writes is a write, and may be a read too.
     let write = qualification.is_write();
-    let data = write != qualification.is_read() && !qualification.is_fetch();
-    if !(data && qualification.is_operand()) {
+    if qualification.is_fetch() || !qualification.is_operand() {
         return;
     }
     let rights = AccessRights::from_bits_retain(current.read(field::GUEST_CS_RIGHTS));
@@ -234,12 +243,18 @@ fn base_of<H: Host>(seg: Seg, current: &Current<'_, H>) -> u64 {
 }
 
 impl<H: Host> Vcpu<H> {
-    /// The instruction at RIP touched a device at `gpa`: goes to the client
-    /// with the access, or to the emulator with the instruction.
+    /// The instruction at RIP touched a device at `gpa`, or with `rom` wrote
+    /// ROM there: goes to the client with the access, or to the emulator with
+    /// the instruction.
     ///
     /// # Errors
     /// [`Error::Fault`]: the VMCS could not be loaded.
-    pub(super) fn device_access(&self, inner: &mut Inner<H>, gpa: Gpa) -> Result<Next, Error> {
+    pub(super) fn device_access(
+        &self,
+        inner: &mut Inner<H>,
+        gpa: Gpa,
+        rom: bool,
+    ) -> Result<Next, Error> {
         if !inner.emulation.moves.touched && !inner.emulation.moves.expects(gpa) {
             inner.emulation.moves.expect(gpa);
             self.with_vmcs(inner, |current, inner| {
@@ -260,7 +275,7 @@ impl<H: Host> Vcpu<H> {
         let Ok(insn) = inner.emulation.cache.look_up(rip, code, mode) else {
             return self.emulate(inner);
         };
-        let wanted = inner.emulation.cache.plain(insn).map(PlainMove::based_on);
+        let wanted = inner.emulation.cache.plain(insn).map(Plain::based_on);
         if let Some(Some(seg)) = wanted {
             if base.is_none_or(|(read, _)| read != seg) {
                 let base = self.with_vmcs(inner, |current, _| base_of(seg, current))?;
@@ -268,7 +283,7 @@ impl<H: Host> Vcpu<H> {
                 inner.emulation.moves.touch.base = Some((seg, base));
             }
         }
-        if self.plain_move(inner, insn, gpa).is_some() {
+        if self.begin_plain(inner, insn, gpa, rom).is_some() {
             return Ok(Next::Leave(ExitStatus::FastMmio));
         }
         inner.emulation.begin(insn);
@@ -295,9 +310,10 @@ impl<H: Host> Vcpu<H> {
         Some(Code::from_array(bytes, known))
     }
 
-    /// Hands the access of `insn` to the client, if it is a plain move's and
-    /// all that is known of the access fits. `None`: nothing was done.
-    fn plain_move(&self, inner: &mut Inner<H>, insn: Decoded, gpa: Gpa) -> Option<()> {
+    /// Hands the first access of `insn` to the client, if it is a plain
+    /// instruction and all that is known of the access fits. `None`: nothing was
+    /// done.
+    fn begin_plain(&self, inner: &mut Inner<H>, insn: Decoded, gpa: Gpa, rom: bool) -> Option<()> {
         let plain = inner.emulation.cache.plain(insn)?;
         let touch = &inner.emulation.moves.touch;
         let base = match touch.base {
@@ -308,49 +324,60 @@ impl<H: Host> Vcpu<H> {
         let last = u64::from(plain.size()).wrapping_sub(1);
         let offset = touch.linear & PAGE_SIZE.wrapping_sub(1);
         let misaligned = touch.linear & last != 0;
+        let store = plain.is_store();
         let fits = !inner.debug.is_watching()
             && plain.linear(touch.rip, base, gpr)? == touch.linear
-            && plain.is_store() == touch.write
+            && plain.writes() == touch.write
+            && (store || !rom)
             && offset == gpa.page_offset()
             && offset.wrapping_add(last) < PAGE_SIZE
             && !(misaligned && touch.may_check_alignment);
         if !fits {
             return None;
         }
-        let load = plain.load();
-        let value = match load {
-            None => plain.stored(gpr)?,
-            // Part of it may stay as it is, so it must be known.
-            Some(load) => gpr(load.register()).map(|_| 0)?,
-        };
-        let next_rip = plain.next_rip(touch.rip);
-        let direction = u8::from(touch.write);
+        let value = plain.sent(gpr)?;
         self.channel
-            .set_fast_mmio(gpa.0, value, plain.size(), direction);
+            .set_fast_mmio(gpa.0, value, plain.size(), u8::from(store));
         let (quiet, shadow) = (touch.quiet, touch.shadow);
-        inner.emulation.moves.rest = Some(Rest {
-            load,
-            next_rip,
+        inner.emulation.moves.unfinished = Some(Unfinished {
+            insn,
+            flags: None,
+            gpa,
+            next_rip: plain.next_rip(touch.rip),
             shadow,
         });
-        // Nothing has changed but what `finish_move` looks at.
+        // Nothing has changed but what `finish_plain` looks at.
         inner.quiet = quiet;
         Some(())
     }
 
-    /// The client has served the access of a plain move: finishes it.
-    pub(super) fn finish_move(&self, inner: &mut Inner<H>) {
-        let Some(rest) = inner.emulation.moves.rest.take() else {
-            return;
+    /// The client has served an access of a plain instruction: finishes it, or
+    /// goes to the client with its result. Without one nothing happens.
+    pub(super) fn finish_plain(&self, inner: &mut Inner<H>) -> Next {
+        let Some(unfinished) = inner.emulation.moves.unfinished.take() else {
+            return Next::Resume;
         };
-        if let Some(load) = rest.load {
-            let number = load.register().number();
-            let old = inner.registers.known_gpr(number);
-            let new = load.result(old, self.channel.fast_mmio_value());
-            #[expect(clippy::cast_possible_truncation, reason = "numbers are below 16")]
-            inner.registers.set(number as u8, new);
+        if let Some((defined, found)) = unfinished.flags {
+            set_flags(&mut inner.registers, defined, found);
+        } else {
+            let plain = inner.emulation.cache.plain(unfinished.insn);
+            match plain.map(Plain::rest) {
+                Some(Rest::Load(load)) => self.finish_load(&mut inner.registers, load),
+                Some(Rest::Compute(compute)) => {
+                    let flags = self.compute(&mut inner.registers, unfinished.gpa, compute);
+                    if flags.is_some() {
+                        let unfinished = Unfinished {
+                            flags,
+                            ..unfinished
+                        };
+                        inner.emulation.moves.unfinished = Some(unfinished);
+                        return Next::Leave(ExitStatus::FastMmio);
+                    }
+                }
+                Some(Rest::Nothing) | None => {}
+            }
         }
-        inner.registers.set_rip(rest.next_rip);
+        inner.registers.set_rip(unfinished.next_rip);
         let flags = inner.registers.known_rflags();
         // RF is clear after any instruction but those that load it (SDM
         // 18.3.1.1 "Instruction-Breakpoint Exception Condition").
@@ -358,9 +385,53 @@ impl<H: Host> Vcpu<H> {
             inner.registers.set_rflags(flags & !Rflags::RF.bits());
         }
         // Without these `handle::completed` has nothing to do.
-        if rest.shadow || flags & Rflags::TF.bits() != 0 || inner.debug.steps() {
+        if unfinished.shadow || flags & Rflags::TF.bits() != 0 || inner.debug.steps() {
             inner.completed = true;
             inner.quiet = false;
         }
+        Next::Resume
+    }
+
+    fn finish_load(&self, registers: &mut Registers, load: &Load) {
+        let number = load.register().number();
+        let old = registers.known_gpr(number);
+        let new = load.result(old, self.channel.fast_mmio_value());
+        #[expect(clippy::cast_possible_truncation, reason = "numbers are below 16")]
+        registers.set(number as u8, new);
+    }
+
+    /// The operand in memory is there: sets register and flags, or asks the
+    /// client to write the result and returns the flags (see [`Unfinished`]).
+    #[inline(never)]
+    fn compute(
+        &self,
+        registers: &mut Registers,
+        gpa: Gpa,
+        compute: &Compute,
+    ) -> Option<(u64, u64)> {
+        let read = self.channel.fast_mmio_value();
+        let known = |reg: Gpr| Some(registers.known_gpr(reg.number()));
+        let computed = compute.outcome(read, registers.known_rflags(), &known)?;
+        if let Some(value) = computed.memory {
+            self.channel.set_fast_mmio(gpa.0, value, compute.size(), 1);
+            return Some(computed.flags);
+        }
+        if let Some((reg, value)) = computed.register {
+            #[expect(clippy::cast_possible_truncation, reason = "numbers are below 16")]
+            registers.set(reg.number() as u8, value);
+        }
+        let (defined, found) = computed.flags;
+        set_flags(registers, defined, found);
+        None
+    }
+}
+
+/// Of these flags, these become 1 and the others 0.
+fn set_flags(registers: &mut Registers, defined: u64, found: u64) {
+    let old = registers.known_rflags();
+    let new = old & !defined | found & defined;
+    // A loop that waits for a device finds the same each time.
+    if new != old {
+        registers.set_rflags(new);
     }
 }

@@ -91,13 +91,12 @@ impl<H: Host> Vcpu<H> {
             self.channel.read_buffer(0, &mut data);
             inner.finish_in(size, data);
         }
-        self.finish_move(inner);
+        let mut next = self.finish_plain(inner);
         if core::mem::take(&mut inner.sent_ipi) {
             // The client has it in its APIC by now, and has told the threads
             // of the other vCPUs in a way that QEMU's do not hear in RUN.
             self.guest().kick_others(self.id());
         }
-        let mut next = Next::Resume;
         if inner.emulation.is_under_way() {
             inner.quiet = false;
             inner.emulation.answer(self.channel.fast_mmio_value());
@@ -367,7 +366,10 @@ impl<H: Host> Vcpu<H> {
                 log::error!("event delivery through device memory at {gpa:?}");
                 handle::lost(inner, "event delivery through device memory")
             }
-            Ok(FaultOutcome::Mmio | FaultOutcome::RomWrite) => self.device_access(inner, gpa)?,
+            Ok(outcome @ (FaultOutcome::Mmio | FaultOutcome::RomWrite)) => {
+                let rom = matches!(outcome, FaultOutcome::RomWrite);
+                self.device_access(inner, gpa, rom)?
+            }
             Err(error) => {
                 log::error!("guest memory at {gpa:?}: {error:?}");
                 handle::lost(inner, "guest memory cannot be used")

@@ -106,6 +106,10 @@ const CLIENT: &[Row] = &[
         .haxm(7335)
         .drawn()
         .held(),
+    row("mmio_test", "MMIO read from user space by TEST")
+        .ratio(0.5)
+        .drawn()
+        .held(),
     row("outs_4096", "REP OUTSB of 4096 bytes").held(),
     row("outs_4096_exits", "the same: returns to user space").held(),
     row("hlt_wake", "HLT to user space, INTERRUPT, handler, HLT")

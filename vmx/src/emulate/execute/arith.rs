@@ -10,7 +10,14 @@ use crate::emulate::machine::Machine;
 
 /// The result and flags of one operation, and which flags it defines. AF after
 /// a logical operation is undefined in the SDM; processors clear it.
-fn compute(op: Op, a: u64, b: u64, carry: bool, size: u8) -> Option<(u64, u64, u64)> {
+#[inline(never)]
+pub(in crate::emulate) fn compute(
+    op: Op,
+    a: u64,
+    b: u64,
+    carry: bool,
+    size: u8,
+) -> Option<(u64, u64, u64)> {
     let logic = |value: u64| (value, flags::of_result(value, size), STATUS);
     let full = |(value, found)| (value, found, STATUS);
     Some(match op {

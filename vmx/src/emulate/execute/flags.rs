@@ -2,7 +2,7 @@
 //! Flags", appendix A "EFLAGS Cross-Reference", appendix B "EFLAGS Condition
 //! Codes".
 
-pub(super) const CF: u64 = 1 << 0;
+pub(in crate::emulate) const CF: u64 = 1 << 0;
 pub(super) const PF: u64 = 1 << 2;
 pub(super) const AF: u64 = 1 << 4;
 pub(super) const ZF: u64 = 1 << 6;

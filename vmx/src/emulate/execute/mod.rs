@@ -24,6 +24,8 @@ use super::machine::{Exception, Fault, Gpr, Machine, Mode};
 use super::mmio::MmioLog;
 use access::{Intent, Place};
 
+pub(super) use arith::compute;
+pub(super) use flags::CF;
 pub use string::MAX_ITERATIONS;
 
 /// Tries of an atomic update before the call ends with [`Step::Again`].
