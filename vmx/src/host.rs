@@ -158,6 +158,12 @@ pub unsafe trait Host: Clone + Send + Sync + 'static {
     /// what it needs for TR. Interrupts are off.
     fn guest_left(&self);
 
+    /// NMIs and machine checks of this host may come while the GS base in kernel mode is any
+    /// value: where CR4.FSGSBASE is set, their handlers save it and load their own.
+    fn tolerates_gs(&self) -> bool {
+        false
+    }
+
     /// A signal waits for this thread, or the scheduler wants the processor:
     /// RUN should return to user space.
     fn event_pending(&self) -> bool;

@@ -134,6 +134,11 @@ unsafe impl Host for Linux {
         }
     }
 
+    /// The kernel's own reading of that register (`__rdgsbase_inactive`) relies on it.
+    fn tolerates_gs(&self) -> bool {
+        true
+    }
+
     fn guest_left(&self) {
         ffi::haxm_os_guest_left();
     }

@@ -4,17 +4,20 @@
 #![expect(unsafe_code)]
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use vmx::arch::addr::Hpa;
 use vmx::arch::ept::{InveptKind, InvvpidKind};
 use vmx::arch::msr;
-use vmx::cpu::{Cpu, CpuidResult, GuestRegs, Selectors, TableRegister, VmxFailure, how};
+use vmx::cpu::{
+    Cpu, CpuidResult, GuestRegs, KernelSelectors, TableRegister, UserSelectors, VmxFailure, how,
+};
 
 use crate::cores::{Cores, thread, use_machine};
 use crate::entry;
 use crate::fault;
 use crate::machine::{Inner, Processor, State};
-use crate::profile::Profile;
+use crate::profile::{Profile, canonical_in};
 
 /// The processor of a [`crate::Machine`]: whichever the calling thread is on.
 #[derive(Clone)]
@@ -44,6 +47,10 @@ impl SimCpu {
         self.with(|_, state, cpu| get(&state.cpus[cpu]))
     }
 }
+
+const CR4_LA57: u64 = 1 << 12;
+const CR4_FSGSBASE: u64 = 1 << 16;
+const CR4_FRED: u64 = 1 << 32;
 
 /// Whether an MSR takes a value, SDM vol. 4 chapter 2.
 pub(crate) fn msr_accepts(profile: &Profile, number: u32, value: u64) -> bool {
@@ -137,6 +144,46 @@ impl Cpu for SimCpu {
         });
     }
 
+    unsafe fn fs_base(&self) -> u64 {
+        self.with(|_, state, cpu| {
+            let p = &state.cpus[cpu];
+            let base = p.msrs.get(&msr::IA32_FS_BASE).copied().unwrap_or(0);
+            if p.cr4 & CR4_FSGSBASE == 0 {
+                state.finding("host #UD: RDFSBASE without CR4.FSGSBASE");
+            }
+            base
+        })
+    }
+
+    unsafe fn exchange_kernel_gs_base(&self, value: u64) -> u64 {
+        if thread(|t| t.masked.get() == 0) {
+            let _inside = fault::inside();
+            self.inner.finding("SWAPGS with interrupts on");
+        }
+        let tolerated = self.inner.tolerates_gs.load(Ordering::SeqCst);
+        self.with_pinned("SWAPGS", |_, state, cpu| {
+            state.counts.swapgs += 1;
+            let cr4 = state.cpus[cpu].cr4;
+            if !tolerated {
+                state.finding("SWAPGS on a host whose NMI handler would not survive it");
+            }
+            if cr4 & CR4_FRED != 0 {
+                state.finding("host #UD: SWAPGS with CR4.FRED");
+            }
+            if cr4 & CR4_FSGSBASE == 0 {
+                state.finding("host #UD: WRGSBASE without CR4.FSGSBASE");
+            }
+            // What it takes depends on the paging mode, not on the processor.
+            let bits = if cr4 & CR4_LA57 != 0 { 57 } else { 48 };
+            if !canonical_in(bits, value) {
+                state.finding(format!("host #GP: WRGSBASE of {value:#x}"));
+                return 0;
+            }
+            let msrs = &mut state.cpus[cpu].msrs;
+            msrs.insert(msr::IA32_KERNEL_GSBASE, value).unwrap_or(0)
+        })
+    }
+
     fn cr0(&self) -> u64 {
         self.register(|p| p.cr0)
     }
@@ -196,11 +243,15 @@ impl Cpu for SimCpu {
         self.with(|_, state, cpu| state.cpus[cpu].idtr)
     }
 
-    fn selectors(&self) -> Selectors {
-        self.with(|_, state, cpu| state.cpus[cpu].selectors)
+    fn kernel_selectors(&self) -> KernelSelectors {
+        self.with(|_, state, cpu| state.cpus[cpu].kernel_selectors)
     }
 
-    unsafe fn restore_segmentation(&self, gdtr: TableRegister, selectors: &Selectors) {
+    fn user_selectors(&self) -> UserSelectors {
+        self.with(|_, state, cpu| state.cpus[cpu].user_selectors)
+    }
+
+    unsafe fn restore_segmentation(&self, gdtr: TableRegister, selectors: &UserSelectors) {
         if thread(|t| t.masked.get() == 0) {
             let _inside = fault::inside();
             self.inner
@@ -209,16 +260,16 @@ impl Cpu for SimCpu {
         self.with_pinned("LGDT", |_, state, cpu| {
             let p = &mut state.cpus[cpu];
             p.gdtr = gdtr;
-            p.selectors.ldtr = selectors.ldtr;
-            p.selectors.ds = selectors.ds;
-            p.selectors.es = selectors.es;
+            p.user_selectors.ldtr = selectors.ldtr;
+            p.user_selectors.ds = selectors.ds;
+            p.user_selectors.es = selectors.es;
             // Loading a selector loads the descriptor's base too.
             if selectors.fs != 0 {
-                p.selectors.fs = selectors.fs;
+                p.user_selectors.fs = selectors.fs;
                 p.msrs.insert(msr::IA32_FS_BASE, 0xf5);
             }
             if selectors.gs != 0 {
-                p.selectors.gs = selectors.gs;
+                p.user_selectors.gs = selectors.gs;
                 p.msrs.insert(msr::IA32_KERNEL_GSBASE, 0x65);
             }
         });

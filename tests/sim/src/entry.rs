@@ -603,14 +603,14 @@ fn load_host(state: &mut State, cpu: usize, pointer: u64) {
     }
     processor.msrs.extend(load);
     let selector = |encoding| u16::try_from(get(encoding)).unwrap_or(0);
-    processor.selectors.es = selector(0x0c00);
-    processor.selectors.cs = selector(0x0c02);
-    processor.selectors.ss = selector(0x0c04);
-    processor.selectors.ds = selector(0x0c06);
-    processor.selectors.fs = selector(0x0c08);
-    processor.selectors.gs = selector(0x0c0a);
-    processor.selectors.tr = selector(0x0c0c);
-    processor.selectors.ldtr = 0;
+    processor.user_selectors.es = selector(0x0c00);
+    processor.kernel_selectors.cs = selector(0x0c02);
+    processor.kernel_selectors.ss = selector(0x0c04);
+    processor.user_selectors.ds = selector(0x0c06);
+    processor.user_selectors.fs = selector(0x0c08);
+    processor.user_selectors.gs = selector(0x0c0a);
+    processor.kernel_selectors.tr = selector(0x0c0c);
+    processor.user_selectors.ldtr = 0;
     processor.tr_base = get(0x6c0a);
     processor.tr_limit = 0x67;
     processor.gdtr.base = get(0x6c0c);

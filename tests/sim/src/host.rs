@@ -238,6 +238,10 @@ unsafe impl Host for SimHost {
         state.cpus[cpu].vmxon.is_some()
     }
 
+    fn tolerates_gs(&self) -> bool {
+        self.inner().tolerates_gs.load(Ordering::SeqCst)
+    }
+
     fn mitigations(&self) -> Mitigations {
         *self.inner().mitigations.lock().unwrap()
     }

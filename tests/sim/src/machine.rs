@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmx::arch::msr;
-use vmx::cpu::{Selectors, TableRegister};
+use vmx::cpu::{KernelSelectors, TableRegister, UserSelectors};
 use vmx::host::Mitigations;
 
 use crate::check::EntryFailure;
@@ -36,6 +36,7 @@ pub struct Counts {
     pub invvpid: u64,
     pub rdmsr: u64,
     pub wrmsr: u64,
+    pub swapgs: u64,
     pub cpuid: u64,
     pub xsave: u64,
     pub xrstor: u64,
@@ -94,7 +95,8 @@ pub(crate) struct Processor {
     pub(crate) msrs: BTreeMap<u32, u64>,
     pub(crate) gdtr: TableRegister,
     pub(crate) idtr: TableRegister,
-    pub(crate) selectors: Selectors,
+    pub(crate) kernel_selectors: KernelSelectors,
+    pub(crate) user_selectors: UserSelectors,
     pub(crate) tr_base: u64,
     /// TR's limit; an exit makes it 0x67.
     pub(crate) tr_limit: u64,
@@ -171,12 +173,12 @@ impl Processor {
                 base: 0xffff_fe00_0000_0000,
                 limit: 0xfff,
             },
-            selectors: Selectors {
+            kernel_selectors: KernelSelectors {
                 cs: 0x10,
                 ss: 0x18,
                 tr: 0x40,
-                ..Selectors::default()
             },
+            user_selectors: UserSelectors::default(),
             tr_base: 0xffff_fe00_0000_3000 + stride,
             tr_limit: TR_LIMIT,
             xcr0: if osxsave { profile.xcr0_supported } else { 0 },
@@ -207,17 +209,17 @@ impl Processor {
             ("XCR0", self.xcr0),
             ("GDTR base", self.gdtr.base),
             ("GDTR limit", u64::from(self.gdtr.limit)),
-            ("LDTR", u64::from(self.selectors.ldtr)),
+            ("LDTR", u64::from(self.user_selectors.ldtr)),
             ("IDTR base", self.idtr.base),
             ("TR base", self.tr_base),
             ("TR limit", self.tr_limit),
-            ("CS", u64::from(self.selectors.cs)),
-            ("SS", u64::from(self.selectors.ss)),
-            ("DS", u64::from(self.selectors.ds)),
-            ("ES", u64::from(self.selectors.es)),
-            ("FS", u64::from(self.selectors.fs)),
-            ("GS", u64::from(self.selectors.gs)),
-            ("TR", u64::from(self.selectors.tr)),
+            ("CS", u64::from(self.kernel_selectors.cs)),
+            ("SS", u64::from(self.kernel_selectors.ss)),
+            ("DS", u64::from(self.user_selectors.ds)),
+            ("ES", u64::from(self.user_selectors.es)),
+            ("FS", u64::from(self.user_selectors.fs)),
+            ("GS", u64::from(self.user_selectors.gs)),
+            ("TR", u64::from(self.kernel_selectors.tr)),
         ];
         for (number, name) in HOST_MSRS {
             if let Some(value) = self.msrs.get(number) {
@@ -287,6 +289,7 @@ pub(crate) struct Inner {
     pub(crate) clock: AtomicU64,
     pub(crate) event_pending: AtomicBool,
     pub(crate) keeps_vmxe: AtomicBool,
+    pub(crate) tolerates_gs: AtomicBool,
     /// User memory is pinned, not borrowed.
     pub(crate) pins: AtomicBool,
     pub(crate) mitigations: Mutex<Mitigations>,
@@ -362,6 +365,7 @@ impl Machine {
             clock: AtomicU64::new(1),
             event_pending: AtomicBool::new(false),
             keeps_vmxe: AtomicBool::new(true),
+            tolerates_gs: AtomicBool::new(true),
             pins: AtomicBool::new(std::env::var_os("SIM_PIN").is_some()),
             mitigations: Mutex::new(Mitigations::Needed),
             locks: AtomicUsize::new(0),
@@ -504,6 +508,11 @@ impl Machine {
         self.0.keeps_vmxe.store(keeps, Ordering::SeqCst);
     }
 
+    /// What [`vmx::host::Host::tolerates_gs`] says. Before the first vCPU.
+    pub fn set_tolerates_gs(&self, tolerates: bool) {
+        self.0.tolerates_gs.store(tolerates, Ordering::SeqCst);
+    }
+
     /// What [`vmx::host::Host::event_pending`] says.
     pub fn set_event_pending(&self, pending: bool) {
         self.0.event_pending.store(pending, Ordering::SeqCst);
@@ -633,11 +642,11 @@ impl Machine {
     /// process has them.
     pub fn set_host_selectors(&self, data: u16, ldtr: u16) {
         for cpu in &mut self.0.state().cpus {
-            cpu.selectors.ds = data;
-            cpu.selectors.es = data;
-            cpu.selectors.fs = data;
-            cpu.selectors.gs = data;
-            cpu.selectors.ldtr = ldtr;
+            cpu.user_selectors.ds = data;
+            cpu.user_selectors.es = data;
+            cpu.user_selectors.fs = data;
+            cpu.user_selectors.gs = data;
+            cpu.user_selectors.ldtr = ldtr;
         }
     }
 }

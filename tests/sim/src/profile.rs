@@ -44,6 +44,12 @@ pub struct Profile {
     pub(crate) components: Vec<Component>,
 }
 
+/// Whether `address` is canonical where addresses have this many bits.
+pub(crate) fn canonical_in(bits: u32, address: u64) -> bool {
+    let copies = address >> (bits - 1);
+    copies == 0 || copies == u64::MAX >> (bits - 1)
+}
+
 fn regs(eax: u32, ebx: u32, ecx: u32, edx: u32) -> CpuidResult {
     CpuidResult { eax, ebx, ecx, edx }
 }
@@ -174,7 +180,7 @@ impl Profile {
             cpuid,
             physical_bits: 39,
             linear_bits: 48,
-            host_cr4: 0x16_06e0,
+            host_cr4: 0x17_06e0,
             xcr0_supported: 7,
             components: vec![Component {
                 bit: 2,
@@ -458,10 +464,8 @@ impl Profile {
 
     /// Whether `address` is canonical on this processor.
     #[must_use]
-    #[allow(clippy::cast_possible_wrap)]
     pub fn canonical(&self, address: u64) -> bool {
-        let shift = 64 - self.linear_bits;
-        ((address << shift) as i64 >> shift) as u64 == address
+        canonical_in(self.linear_bits, address)
     }
 
     /// Whether `address` lies within the physical-address width.

@@ -7,7 +7,7 @@ use std::cell::Cell;
 
 use vmx::arch::addr::{Hpa, Hva};
 use vmx::arch::ept::{EPTP_ACCESSED_DIRTY, EPTP_WALK_4, EPTP_WB};
-use vmx::cpu::{Cpu, GuestRegs, Selectors, TableRegister, VmxFailure};
+use vmx::cpu::{Cpu, GuestRegs, TableRegister, UserSelectors, VmxFailure};
 use vmx::host::{Host, HostPage};
 
 use crate::host::SimHost;
@@ -30,7 +30,7 @@ pub struct Rig {
     ept: u64,
     saved: usize,
     gdtr: TableRegister,
-    selectors: Selectors,
+    selectors: UserSelectors,
     launched: Cell<bool>,
     /// The guest's registers.
     pub regs: GuestRegs,
@@ -71,7 +71,7 @@ impl Rig {
         let pages: Vec<HostPage> = (0..6).map(|_| page()).collect();
         host.preempt_off();
         let saved = host.interrupts_save();
-        let (gdtr, selectors) = (host.cpu().gdtr(), host.cpu().selectors());
+        let (gdtr, selectors) = (host.cpu().gdtr(), host.cpu().user_selectors());
         Self {
             ept: pages[0].physical.0,
             machine,
@@ -301,7 +301,7 @@ impl Rig {
     fn host_state(&self) -> Vec<FieldValue> {
         let p = self.machine.profile();
         let cpu = self.cpu();
-        let s = cpu.selectors();
+        let (k, s) = (cpu.kernel_selectors(), cpu.user_selectors());
         let get = |number| {
             self.machine
                 .msr(self.host.current_cpu(), number)
@@ -309,12 +309,12 @@ impl Rig {
         };
         let mut state = vec![
             (0x0c00, u64::from(s.es)),
-            (0x0c02, u64::from(s.cs)),
-            (0x0c04, u64::from(s.ss)),
+            (0x0c02, u64::from(k.cs)),
+            (0x0c04, u64::from(k.ss)),
             (0x0c06, u64::from(s.ds)),
             (0x0c08, u64::from(s.fs)),
             (0x0c0a, u64::from(s.gs)),
-            (0x0c0c, u64::from(s.tr)),
+            (0x0c0c, u64::from(k.tr)),
             (0x4c00, get(0x174)),
             (0x6c00, cpu.cr0()),
             (0x6c02, cpu.cr3()),

@@ -86,13 +86,20 @@ pub struct TableRegister {
     pub limit: u16,
 }
 
-/// Selectors that the host state of a VMCS wants.
+/// Selectors of the kernel, which the host state of a VMCS wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct Selectors {
+pub struct KernelSelectors {
     /// CS.
     pub cs: u16,
     /// SS.
     pub ss: u16,
+    /// TR.
+    pub tr: u16,
+}
+
+/// Selectors that a process may have chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct UserSelectors {
     /// DS.
     pub ds: u16,
     /// ES.
@@ -101,8 +108,6 @@ pub struct Selectors {
     pub fs: u16,
     /// GS.
     pub gs: u16,
-    /// TR.
-    pub tr: u16,
     /// LDTR.
     pub ldtr: u16,
 }
@@ -130,6 +135,22 @@ pub trait Cpu: Send + Sync + 'static {
     /// The register exists, takes this value, and the host can live with it
     /// until it is put back.
     unsafe fn wrmsr(&self, msr: u32, value: u64);
+
+    /// RDFSBASE.
+    ///
+    /// # Safety
+    /// CR4.FSGSBASE is set.
+    unsafe fn fs_base(&self) -> u64;
+
+    /// Exchanges IA32_KERNEL_GS_BASE, which is returned, for `value`: SWAPGS, RDGSBASE,
+    /// WRGSBASE, SWAPGS. None of them waits for the instructions before it, as
+    /// WRMSR does (SDM 9.3 "Serializing Instructions").
+    ///
+    /// # Safety
+    /// CR4.FSGSBASE is set and CR4.FRED clear; interrupts are off; `value` is canonical by
+    /// CR4.LA57; NMIs and machine checks may find any GS base
+    /// ([`Host::tolerates_gs`](crate::host::Host::tolerates_gs)); the host's is put back.
+    unsafe fn exchange_kernel_gs_base(&self, value: u64) -> u64;
 
     /// MOV from CR0.
     fn cr0(&self) -> u64;
@@ -162,8 +183,10 @@ pub trait Cpu: Send + Sync + 'static {
     fn gdtr(&self) -> TableRegister;
     /// SIDT.
     fn idtr(&self) -> TableRegister;
-    /// MOV from the segment registers, STR and SLDT.
-    fn selectors(&self) -> Selectors;
+    /// MOV from CS and SS, STR.
+    fn kernel_selectors(&self) -> KernelSelectors;
+    /// MOV from DS, ES, FS and GS, SLDT.
+    fn user_selectors(&self) -> UserSelectors;
     /// The base in the TSS descriptor that TR selects in the current GDT.
     fn tr_base(&self) -> u64;
 
@@ -176,7 +199,7 @@ pub trait Cpu: Send + Sync + 'static {
     /// # Safety
     /// Interrupts are off, and both values were read on this processor before
     /// the entry.
-    unsafe fn restore_segmentation(&self, gdtr: TableRegister, selectors: &Selectors);
+    unsafe fn restore_segmentation(&self, gdtr: TableRegister, selectors: &UserSelectors);
 
     /// XGETBV of XCR0.
     ///

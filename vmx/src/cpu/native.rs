@@ -8,7 +8,9 @@
 use core::arch::asm;
 use core::mem::offset_of;
 
-use super::{Cpu, CpuidResult, GuestRegs, Selectors, TableRegister, VmxFailure, how};
+use super::{
+    Cpu, CpuidResult, GuestRegs, KernelSelectors, TableRegister, UserSelectors, VmxFailure, how,
+};
 use crate::arch::addr::Hpa;
 use crate::arch::ept::{InveptKind, InvvpidKind};
 use crate::arch::msr;
@@ -108,6 +110,25 @@ impl Cpu for Native {
         }
     }
 
+    unsafe fn fs_base(&self) -> u64 {
+        let base: u64;
+        // SAFETY: the caller says CR4.FSGSBASE is set.
+        unsafe { asm!("rdfsbase {}", out(reg) base, options(nomem, nostack, preserves_flags)) };
+        base
+    }
+
+    unsafe fn exchange_kernel_gs_base(&self, value: u64) -> u64 {
+        let before: u64;
+        // SAFETY: the caller's contract: no instruction faults, and what can
+        // interrupt them finds its own way to its data. None uses GS.
+        unsafe {
+            asm!("swapgs", "rdgsbase {before}", "wrgsbase {value}", "swapgs",
+                 before = out(reg) before, value = in(reg) value,
+                 options(nostack, preserves_flags));
+        }
+        before
+    }
+
     read_register!(cr0, "mov {}, cr0");
     read_register!(cr2, "mov {}, cr2");
     read_register!(cr3, "mov {}, cr3");
@@ -188,20 +209,25 @@ impl Cpu for Native {
         }
     }
 
-    fn selectors(&self) -> Selectors {
-        Selectors {
+    fn kernel_selectors(&self) -> KernelSelectors {
+        KernelSelectors {
             cs: read_selector!("mov {:e}, cs"),
             ss: read_selector!("mov {:e}, ss"),
+            tr: read_selector!("str {:e}"),
+        }
+    }
+
+    fn user_selectors(&self) -> UserSelectors {
+        UserSelectors {
             ds: read_selector!("mov {:e}, ds"),
             es: read_selector!("mov {:e}, es"),
             fs: read_selector!("mov {:e}, fs"),
             gs: read_selector!("mov {:e}, gs"),
-            tr: read_selector!("str {:e}"),
             ldtr: read_selector!("sldt {:e}"),
         }
     }
 
-    unsafe fn restore_segmentation(&self, gdtr: TableRegister, selectors: &Selectors) {
+    unsafe fn restore_segmentation(&self, gdtr: TableRegister, selectors: &UserSelectors) {
         let table = PseudoDescriptor {
             limit: gdtr.limit,
             base: gdtr.base,
@@ -231,7 +257,7 @@ impl Cpu for Native {
     /// SDM 8.2.3 "TSS Descriptor in 64-bit mode", figure 8-4.
     fn tr_base(&self) -> u64 {
         let table = self.gdtr();
-        let offset = u64::from(self.selectors().tr & !7);
+        let offset = u64::from(self.kernel_selectors().tr & !7);
         let descriptor = table.base.wrapping_add(offset) as *const u64;
         // SAFETY: TR holds a selector of the current GDT, so the descriptor is there.
         let low = unsafe { descriptor.read_volatile() };

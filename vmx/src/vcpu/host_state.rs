@@ -7,8 +7,9 @@
 #![expect(unsafe_code)]
 
 use super::vmcs::Current;
+use crate::arch::reg::Cr4;
 use crate::arch::{field, msr};
-use crate::cpu::{Cpu, Selectors, TableRegister};
+use crate::cpu::{Cpu, TableRegister, UserSelectors};
 use crate::host::Host;
 
 /// DR7 as an exit leaves it, SDM 28.5.1 "Loading Host Control Registers,
@@ -23,7 +24,7 @@ pub struct HostState {
     fs_base: u64,
     gdtr: TableRegister,
     /// What to put back, if `has_selectors`.
-    selectors: Selectors,
+    selectors: UserSelectors,
     /// Some register that a process may use holds a selector.
     has_selectors: bool,
     dr7: u64,
@@ -41,7 +42,7 @@ impl HostState {
     /// are written at the next [`HostState::refresh`] whatever they were.
     pub fn write_for_processor<H: Host>(&mut self, current: &Current<'_, H>) {
         let cpu = current.cpu();
-        let selectors = cpu.selectors();
+        let selectors = cpu.kernel_selectors();
         self.gdtr = cpu.gdtr();
         current.write(field::HOST_CR0, cpu.cr0());
         current.write(field::HOST_CS_SELECTOR, selectors.cs & !7);
@@ -91,12 +92,17 @@ impl HostState {
             self.cr4 = cr4;
             current.write(field::HOST_CR4, cr4);
         }
-        let fs_base = read_msr(cpu, msr::IA32_FS_BASE);
+        let fs_base = if cr4 & Cr4::FSGSBASE.bits() != 0 {
+            // SAFETY: CR4.FSGSBASE is set.
+            unsafe { cpu.fs_base() }
+        } else {
+            read_msr(cpu, msr::IA32_FS_BASE)
+        };
         if fs_base != self.fs_base {
             self.fs_base = fs_base;
             current.write(field::HOST_FS_BASE, fs_base);
         }
-        let now = cpu.selectors();
+        let now = cpu.user_selectors();
         self.has_selectors = now.ds | now.es | now.fs | now.gs | now.ldtr != 0;
         if self.has_selectors {
             self.selectors = now;
@@ -111,7 +117,7 @@ impl HostState {
             self.restore_selectors(cpu);
         } else {
             // SAFETY: it was read on this processor before the entry.
-            unsafe { cpu.restore_segmentation(self.gdtr, &Selectors::default()) };
+            unsafe { cpu.restore_segmentation(self.gdtr, &UserSelectors::default()) };
         }
         if self.dr7 != DR7_AFTER_EXIT {
             // SAFETY: the host's own value.

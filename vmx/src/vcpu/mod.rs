@@ -177,7 +177,7 @@ impl<H: Host> Inner<H> {
             cr8: 0,
             events: Events::default(),
             extended: Extended::new(host)?,
-            switched: SwitchedMsrs::new(host.cpu()),
+            switched: SwitchedMsrs::new(host),
             msrs: try_box(MsrStore::new(id == 0))?,
             debug: DebugRegisters::default(),
             host_state: HostState::default(),

@@ -1,12 +1,15 @@
 //! MSRs that neither VM entry nor VM exit switches: SYSCALL's, SWAPGS's, TSC_AUX.
 //!
 //! By hand rather than by MSR lists: only those that differ are written, and
-//! SYSCALL's only for a guest that can use them.
+//! SYSCALL's only for a guest that can use them. KERNEL_GS_BASE is exchanged each
+//! time: user space and guest change it by SWAPGS, and neither has a copy to trust.
 // UNSAFETY: WRMSR of registers that exist, host values put back by `restore`.
 #![expect(unsafe_code)]
 
 use crate::arch::msr;
+use crate::arch::reg::Cr4;
 use crate::cpu::Cpu;
+use crate::host::Host;
 
 /// The registers, in the order of the arrays below. KERNEL_GS_BASE comes
 /// first: SWAPGS changes it without an exit.
@@ -34,6 +37,10 @@ pub struct SwitchedMsrs {
     syscall: bool,
     /// RDTSCP and with it TSC_AUX exist here.
     has_tsc_aux: bool,
+    /// The host lets us exchange KERNEL_GS_BASE by SWAPGS.
+    may_exchange: bool,
+    /// That can be done on this processor.
+    exchanges: bool,
 }
 
 fn write(cpu: &impl Cpu, index: usize, value: u64) {
@@ -51,12 +58,40 @@ fn read(cpu: &impl Cpu, index: usize) -> u64 {
     })
 }
 
+/// [`Cpu::exchange_kernel_gs_base`] is there for all values that the register can
+/// hold: where the processor knows addresses of 57 bits WRMSR takes them even while
+/// CR4.LA57 is clear, WRGSBASE does not.
+fn can_exchange(cpu: &impl Cpu) -> bool {
+    // SDM vol. 2, CPUID leaf 80000008H: EAX[15:8] are the bits of a linear address.
+    let bits = cpu.cpuid(0x8000_0008, 0).eax >> 8 & 0xff;
+    let cr4 = Cr4::from_bits_retain(cpu.cr4());
+    cr4.contains(Cr4::FSGSBASE)
+        && !cr4.contains(Cr4::FRED)
+        && (bits <= 48 || cr4.contains(Cr4::LA57))
+}
+
+/// Puts `new` into KERNEL_GS_BASE; returns what was there. Interrupts are off.
+#[inline]
+fn exchange(cpu: &impl Cpu, by_swapgs: bool, new: u64) -> u64 {
+    if by_swapgs {
+        // SAFETY: `can_exchange`, and the host tolerates it; the value was in this
+        // register, or was checked when it was set. `restore` puts the host's back.
+        return unsafe { cpu.exchange_kernel_gs_base(new) };
+    }
+    let old = read(cpu, KERNEL_GS_BASE);
+    if old != new {
+        write(cpu, KERNEL_GS_BASE, new);
+    }
+    old
+}
+
 impl SwitchedMsrs {
     /// All zero, as after reset.
-    pub fn new(cpu: &impl Cpu) -> Self {
+    pub fn new(host: &impl Host) -> Self {
         Self {
             // SDM vol. 4, table 2-2: TSC_AUX goes with RDTSCP.
-            has_tsc_aux: cpu.cpuid(0x8000_0001, 0).edx & (1 << 27) != 0,
+            has_tsc_aux: host.cpu().cpuid(0x8000_0001, 0).edx & (1 << 27) != 0,
+            may_exchange: host.tolerates_gs(),
             ..Self::default()
         }
     }
@@ -124,11 +159,9 @@ impl SwitchedMsrs {
         if !self.host_known {
             self.learn_host(cpu);
         }
-        // The host's changes with the process, and has no copy to trust.
-        if let Some(slot) = self.host.get_mut(KERNEL_GS_BASE) {
-            *slot = read(cpu, KERNEL_GS_BASE);
-        }
-        self.put_guest(cpu, KERNEL_GS_BASE);
+        let [guest, ..] = self.guest;
+        let [host, ..] = &mut self.host;
+        *host = exchange(cpu, self.exchanges, guest);
         if self.has_tsc_aux {
             self.put_guest(cpu, TSC_AUX);
         }
@@ -148,6 +181,7 @@ impl SwitchedMsrs {
             }
         }
         self.host_known = true;
+        self.exchanges = self.may_exchange && can_exchange(cpu);
     }
 
     /// The guest became able to use SYSCALL while its values are loaded.
@@ -177,8 +211,9 @@ impl SwitchedMsrs {
     /// Gives the processor the host's values back.
     #[inline]
     pub fn restore(&mut self, cpu: &impl Cpu) {
-        self.fetch(cpu);
-        self.put_host(cpu, KERNEL_GS_BASE);
+        let [host, ..] = self.host;
+        let [guest, ..] = &mut self.guest;
+        *guest = exchange(cpu, self.exchanges, host);
         if self.has_tsc_aux {
             self.put_host(cpu, TSC_AUX);
         }

@@ -4,7 +4,9 @@
 
 use haxm_vmx::arch::addr::Hpa;
 use haxm_vmx::arch::ept::{InveptKind, InvvpidKind};
-use haxm_vmx::cpu::{Cpu, CpuidResult, GuestRegs, Selectors, TableRegister, VmxFailure};
+use haxm_vmx::cpu::{
+    Cpu, CpuidResult, GuestRegs, KernelSelectors, TableRegister, UserSelectors, VmxFailure,
+};
 
 /// The processor of [`super::FakeHost`].
 pub(crate) struct NoCpu;
@@ -32,6 +34,8 @@ impl Cpu for NoCpu {
         fn cpuid(leaf: u32, subleaf: u32) -> CpuidResult;
         #[raw] fn rdmsr(msr: u32) -> u64;
         #[raw] fn wrmsr(msr: u32, value: u64);
+        #[raw] fn fs_base() -> u64;
+        #[raw] fn exchange_kernel_gs_base(value: u64) -> u64;
         fn cr0() -> u64;
         fn cr2() -> u64;
         fn cr3() -> u64;
@@ -42,9 +46,10 @@ impl Cpu for NoCpu {
         fn rdtsc() -> u64;
         fn gdtr() -> TableRegister;
         fn idtr() -> TableRegister;
-        fn selectors() -> Selectors;
+        fn kernel_selectors() -> KernelSelectors;
+        fn user_selectors() -> UserSelectors;
         fn tr_base() -> u64;
-        #[raw] fn restore_segmentation(gdtr: TableRegister, selectors: &Selectors);
+        #[raw] fn restore_segmentation(gdtr: TableRegister, selectors: &UserSelectors);
         #[raw] fn xcr0() -> u64;
         #[raw] fn set_xcr0(value: u64);
         #[raw] fn xsave(area: *mut u8, mask: u64);

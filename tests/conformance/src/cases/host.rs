@@ -15,10 +15,10 @@ use anyhow::{Context, Result, bail, ensure};
 use super::{Case, Outcome};
 use crate::client::{System, Vm};
 use crate::code::Code;
-use crate::exit::{Exit, halt};
+use crate::exit::{Exit, halt, out};
 use crate::guest;
 use crate::machine::Machine;
-use crate::modes::Mode;
+use crate::modes::{DATA, Mode};
 use crate::process::in_child;
 use crate::ram::Ram;
 
@@ -32,6 +32,7 @@ pub const CASES: &[Case] = &[
     case!(processors_come_and_go in WIDE),
     case!(nodes_belong_to_their_creator),
     case!(the_client_keeps_its_vector_registers),
+    case!(the_client_keeps_its_gs_base),
 ];
 
 /// Where the guests count.
@@ -357,5 +358,39 @@ fn the_client_keeps_its_vector_registers() -> Outcome {
     }
     same!(result, 0, "RUN");
     same!(after, mine, "YMM5 and YMM12 of the client");
+    Ok(())
+}
+
+/// The kernel does not see the client's WRGSBASE, nor the module the guest's SWAPGS: each RUN finds the
+/// client's base and puts it back, and the guest's goes with the guest.
+fn the_client_keeps_its_gs_base() -> Outcome {
+    const HWCAP2_FSGSBASE: u64 = 2;
+    // SAFETY: asks for a number.
+    let features = unsafe { libc::getauxval(libc::AT_HWCAP2) };
+    ensure!(
+        features & HWCAP2_FSGSBASE != 0,
+        "this case wants a processor and a kernel with FSGSBASE"
+    );
+    let machine = Machine::new(
+        Mode::Long,
+        guest!(64: "2:", "swapgs", "mov eax, gs:[0]", "out 0x80, al", "jmp 2b"),
+    )?;
+    machine.ram.write_u32(DATA, 0x77);
+    machine.ram.write_u32(DATA + 0x1000, 0x66);
+    machine.vcpu.set_msrs(&[(0xc000_0102, DATA + 0x1000)])?;
+    machine.set(|state| state.gs.base = DATA)?;
+    for (round, mine) in [0x1234_5000_u64, 0, DATA, 0x7fff_ffff_f000]
+        .into_iter()
+        .enumerate()
+    {
+        // SAFETY: nothing in a 64-bit Linux program uses GS; the feature is there.
+        unsafe { core::arch::asm!("wrgsbase {}", in(reg) mine, options(nomem, nostack)) };
+        let guests = if round % 2 == 0 { 0x66 } else { 0x77 };
+        machine.expect(&[out(0x80, 1, guests)])?;
+        let after: u64;
+        // SAFETY: reads a register; the feature is there.
+        unsafe { core::arch::asm!("rdgsbase {}", out(reg) after, options(nomem, nostack)) };
+        same!(after, mine, "the client's GS base");
+    }
     Ok(())
 }
