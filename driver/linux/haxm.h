@@ -22,6 +22,11 @@
 
 #define HAXM_LOCK_CLASSES 16
 
+/* vmx::host::Aging */
+#define HAXM_AGING_LOOK 0
+#define HAXM_AGING_CLEAR 1
+#define HAXM_AGING_CLEAR_AND_FLUSH 2
+
 /* module.c: log and end of the world */
 void haxm_os_log(u32 level, const u8 *text, size_t length);
 void haxm_os_panic(const u8 *text, size_t length);
@@ -109,6 +114,8 @@ void haxm_core_call(void *call);
 /* Bytes first..last of the watched process change. Must not sleep. */
 void haxm_core_invalidate_begin(void *listener, u64 start, u64 end);
 void haxm_core_invalidate_end(void *listener, u64 start, u64 end);
+/* Whether a guest has used a page of them; aging is a HAXM_AGING_. Must not sleep. */
+u32 haxm_core_young(void *listener, u64 start, u64 end, u32 aging);
 /*
  * Called on the processor that came or goes, unable to migrate; at suspend on
  * the last running one, with interrupts off.

@@ -459,6 +459,34 @@ static void haxm_range_end(struct mmu_notifier *notifier,
 	haxm_core_invalidate_end(user->listener, range->start, range->end);
 }
 
+/* What the notifier answers with: int, and bool since 7.1. */
+typedef typeof(((struct mmu_notifier_ops *)NULL)->test_young(NULL, NULL, 0)) haxm_young_t;
+
+static haxm_young_t haxm_young(struct mmu_notifier *notifier, u64 start, u64 end, u32 aging)
+{
+	struct haxm_user *user = container_of(notifier, struct haxm_user, notifier);
+
+	return haxm_core_young(user->listener, start, end, aging) != 0;
+}
+
+static haxm_young_t haxm_test_young(struct mmu_notifier *notifier, struct mm_struct *mm,
+				    unsigned long address)
+{
+	return haxm_young(notifier, address, address + PAGE_SIZE, HAXM_AGING_LOOK);
+}
+
+static haxm_young_t haxm_clear_young(struct mmu_notifier *notifier, struct mm_struct *mm,
+				     unsigned long start, unsigned long end)
+{
+	return haxm_young(notifier, start, end, HAXM_AGING_CLEAR);
+}
+
+static haxm_young_t haxm_clear_flush_young(struct mmu_notifier *notifier, struct mm_struct *mm,
+					   unsigned long start, unsigned long end)
+{
+	return haxm_young(notifier, start, end, HAXM_AGING_CLEAR_AND_FLUSH);
+}
+
 /* The process ends while something still holds the VM. */
 static void haxm_mm_release(struct mmu_notifier *notifier, struct mm_struct *mm)
 {
@@ -471,6 +499,9 @@ static void haxm_mm_release(struct mmu_notifier *notifier, struct mm_struct *mm)
 static const struct mmu_notifier_ops haxm_notifier_ops = {
 	.invalidate_range_start = haxm_range_start,
 	.invalidate_range_end = haxm_range_end,
+	.test_young = haxm_test_young,
+	.clear_young = haxm_clear_young,
+	.clear_flush_young = haxm_clear_flush_young,
 	.release = haxm_mm_release,
 };
 

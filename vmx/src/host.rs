@@ -418,14 +418,30 @@ pub unsafe trait UserSpace: Send + Sync {
     fn unwatch(&self);
 }
 
-/// Hears that host memory is about to change under a process's addresses.
-/// Called by any thread, not from interrupts; must not sleep.
+/// What [`Invalidate::young`] does besides looking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Aging {
+    /// Nothing.
+    Look,
+    /// Counts the pages as unused from now on. A processor that still caches a
+    /// translation may use it unnoticed until it drops that for another reason.
+    Clear,
+    /// As `Clear`, and each processor's uses are noticed from its next entry on.
+    ClearAndFlush,
+}
+
+/// Hears that host memory is about to change under a process's addresses, and
+/// is asked which of it is in use. Called by any thread, not from interrupts;
+/// must not sleep, and may be called with spin locks of the host's held.
 pub trait Invalidate: Sync {
     /// Translations of `start..end` are no longer good: when this returns no
     /// processor uses one. New ones are not made until the matching `end`.
     fn begin(&self, start: Hva, end: Hva);
     /// The change is done.
     fn end(&self, start: Hva, end: Hva);
+    /// Whether a guest has used a page of `start..end` since it was last counted
+    /// as unused. `true` where that is not known.
+    fn young(&self, start: Hva, end: Hva, aging: Aging) -> bool;
 }
 
 /// A page that the kernel and one process both map. Dropping it ends both.

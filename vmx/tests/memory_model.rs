@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 mod memory_host;
+mod memory_naive;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
@@ -11,197 +12,22 @@ use std::sync::atomic::Ordering;
 use haxm_vmx::Error;
 use haxm_vmx::arch::addr::{Gpa, Hva};
 use haxm_vmx::arch::ept::EptVpidCaps;
+use haxm_vmx::host::Aging;
 use haxm_vmx::memory::{Access, AccessError, AddressSpace, FaultOutcome, LeafSize, Reserve};
 use memory_host::{
     Allocator, Backing, FakeHost, PAGE, Random, UNDER_SPIN, run_as_cpu, with_failure,
 };
+use memory_naive::{ADDRESS_BITS, GROUP, INVALID, Model, ROM, STANDALONE};
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
 
-const ROM: u32 = 1;
-const STANDALONE: u32 = 0x40;
-const INVALID: u32 = 0x80;
-
 const CPUS: usize = 3;
-const GROUP: u64 = 512;
 /// Guest pages that the operations work on.
 const GUEST_PAGES: u64 = 6 * GROUP;
 /// The first of the client's pages, and how many there are.
 const CLIENT_FIRST: u64 = 4 * GROUP;
 const CLIENT_PAGES: u64 = 8 * GROUP;
-/// The guest's physical-address width.
-const ADDRESS_BITS: u8 = 40;
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Page {
-    client: u64,
-    rom: bool,
-    block: u64,
-}
-
-/// What HAXM's interface promises, page by page.
-#[derive(Default)]
-struct Model {
-    pages: BTreeMap<u64, Page>,
-    /// Start page to end page, and whether it is stand-alone.
-    blocks: BTreeMap<u64, (u64, bool)>,
-    protected: BTreeSet<u64>,
-    highest: u64,
-}
-
-/// First and last page, if the range is made of whole pages.
-fn whole_pages(start: u64, size: u64) -> Result<(u64, u64), Error> {
-    let end = start.checked_add(size).ok_or(Error::Invalid)?;
-    if size == 0 || start % PAGE != 0 || size % PAGE != 0 {
-        return Err(Error::Invalid);
-    }
-    Ok((start / PAGE, end / PAGE))
-}
-
-fn guest_pages(start: u64, size: u64) -> Result<(u64, u64), Error> {
-    let (first, last) = whole_pages(start, size)?;
-    if last > 1 << (ADDRESS_BITS - 12) {
-        return Err(Error::Invalid);
-    }
-    Ok((first, last))
-}
-
-impl Model {
-    fn overlaps(&self, first: u64, last: u64) -> bool {
-        self.blocks
-            .iter()
-            .any(|(start, (end, _))| *start < last && *end > first)
-    }
-
-    fn add_ram_block(&mut self, va: u64, size: u64) -> Result<(), Error> {
-        let (first, last) = whole_pages(va, size)?;
-        if va == 0 || self.overlaps(first, last) {
-            return Err(Error::Invalid);
-        }
-        self.blocks.insert(first, (last, false));
-        Ok(())
-    }
-
-    fn set_ram(&mut self, gpa: u64, size: u64, va: u64, flags: u32) -> Result<(), Error> {
-        let (first, last) = guest_pages(gpa, size)?;
-        if flags & !(ROM | STANDALONE | INVALID) != 0 {
-            return Err(Error::Invalid);
-        }
-        if flags & INVALID != 0 {
-            if flags != INVALID || va != 0 {
-                return Err(Error::Invalid);
-            }
-            self.pages.retain(|page, _| *page < first || *page >= last);
-        } else {
-            let (client, client_last) = whole_pages(va, size)?;
-            if va == 0 {
-                return Err(Error::Invalid);
-            }
-            let block = if flags & STANDALONE != 0 {
-                if self.overlaps(client, client_last) {
-                    return Err(Error::Invalid);
-                }
-                self.blocks.insert(client, (client_last, true));
-                client
-            } else {
-                let found = self
-                    .blocks
-                    .iter()
-                    .find(|(start, (end, _))| **start <= client && client_last <= *end);
-                *found.ok_or(Error::Invalid)?.0
-            };
-            for page in first..last {
-                let mapped = Page {
-                    client: client + page - first,
-                    rom: flags & ROM != 0,
-                    block,
-                };
-                self.pages.insert(page, mapped);
-            }
-        }
-        let used: BTreeSet<u64> = self.pages.values().map(|page| page.block).collect();
-        self.blocks
-            .retain(|start, (_, standalone)| !*standalone || used.contains(start));
-        self.highest = self.highest.max(last);
-        Ok(())
-    }
-
-    fn protect_ram(&mut self, gpa: u64, size: u64, flags: u32) -> Result<(), Error> {
-        let (first, last) = guest_pages(gpa, size)?;
-        if last > self.highest {
-            return Err(Error::Invalid);
-        }
-        match flags & 7 {
-            0 => self.protected.extend(first..last),
-            7 => self.protected.retain(|page| *page < first || *page >= last),
-            _ => return Err(Error::Invalid),
-        }
-        Ok(())
-    }
-
-    /// The lowest protected page of the group that `page` is in.
-    fn barrier(&self, page: u64) -> Option<u64> {
-        let group = page / GROUP * GROUP;
-        self.protected.range(group..group + GROUP).next().copied()
-    }
-
-    fn fault(&self, host: &FakeHost, page: u64, write: bool) -> Result<FaultOutcome, Error> {
-        let Some(mapped) = self.pages.get(&page) else {
-            return Ok(FaultOutcome::Mmio);
-        };
-        if let Some(first) = self.barrier(page) {
-            return Ok(FaultOutcome::Protected {
-                gpa: Gpa(first * PAGE),
-            });
-        }
-        if mapped.rom && write {
-            return Ok(FaultOutcome::RomWrite);
-        }
-        match host.lent(mapped.client) {
-            Some(backing) if backing.writable || !write => Ok(FaultOutcome::Mapped),
-            _ => Err(Error::Fault),
-        }
-    }
-
-    /// Whether a guest may have this translation now.
-    fn permits(&self, host: &FakeHost, page: u64, frame: u64, write: bool) -> bool {
-        let Some(mapped) = self.pages.get(&page) else {
-            return false;
-        };
-        let Some(backing) = host.usable(mapped.client) else {
-            return false;
-        };
-        self.barrier(page).is_none()
-            && backing.frame == frame
-            && (!write || (!mapped.rom && backing.writable))
-    }
-
-    /// Slots, if neighbours that continue each other are one.
-    fn runs(&self) -> usize {
-        let mut runs = 0;
-        let mut before: Option<(u64, Page)> = None;
-        for (page, mapped) in &self.pages {
-            let goes_on = before.is_some_and(|(last, old)| {
-                last + 1 == *page
-                    && old.client + 1 == mapped.client
-                    && old.rom == mapped.rom
-                    && old.block == mapped.block
-            });
-            runs += usize::from(!goes_on);
-            before = Some((*page, *mapped));
-        }
-        runs
-    }
-
-    fn protected_runs(&self) -> usize {
-        self.protected
-            .iter()
-            .filter(|page| **page == 0 || !self.protected.contains(&(**page - 1)))
-            .count()
-    }
-}
-
 /// The real thing, its model, and three processors with their TLBs.
 struct Bench {
     host: FakeHost,
@@ -217,16 +43,26 @@ struct Bench {
     next_frame: u64,
     /// The vCPU's.
     reserve: Reserve<FakeHost>,
+    /// Guest pages used since the host has counted them as unused.
+    used: BTreeSet<u64>,
+    /// Groups that were counted as unused without a flush: what a processor
+    /// caches of them it uses unnoticed.
+    unnoticed: BTreeSet<u64>,
+    /// The flush generation when those two were right.
+    flushes: u64,
 }
 
-fn caps() -> EptVpidCaps {
-    EptVpidCaps::PAGE_2M | EptVpidCaps::PAGE_1G | EptVpidCaps::ACCESSED_DIRTY
+/// Every fourth processor has no accessed and dirty flags.
+fn caps(seed: u64) -> EptVpidCaps {
+    let mut caps = EptVpidCaps::PAGE_2M | EptVpidCaps::PAGE_1G;
+    caps.set(EptVpidCaps::ACCESSED_DIRTY, (seed / 1000) % 4 != 3);
+    caps
 }
 
 impl Bench {
     fn new(seed: u64, failing: bool, pins: bool) -> Self {
         let host = FakeHost::lending(CPUS, pins);
-        let space = AddressSpace::new(&host, caps(), ADDRESS_BITS).unwrap();
+        let space = AddressSpace::new(&host, caps(seed), ADDRESS_BITS).unwrap();
         let mut bench = Self {
             host,
             space,
@@ -237,6 +73,9 @@ impl Bench {
             failures: 0,
             next_frame: 1 << 20,
             reserve: Reserve::new(),
+            used: BTreeSet::new(),
+            unnoticed: BTreeSet::new(),
+            flushes: 0,
         };
         for piece in 0..CLIENT_PAGES / GROUP {
             bench.back_piece(piece, piece % 2 == 0);
@@ -351,7 +190,8 @@ impl Bench {
     }
 
     fn step(&mut self) {
-        match self.random.below(40) {
+        match self.random.below(42) {
+            40 | 41 => self.age(),
             0 => {
                 let (_, size) = self.guest_range();
                 let va = self.client_address(0);
@@ -409,6 +249,64 @@ impl Bench {
         }
     }
 
+    /// The host asks which pages are in use.
+    fn age(&mut self) {
+        let first = CLIENT_FIRST + self.random.below(CLIENT_PAGES);
+        let last = match self.random.below(4) {
+            0 => first + 1 + self.random.below(2 * GROUP),
+            _ => first + 1,
+        };
+        let aging = [Aging::Look, Aging::Clear, Aging::ClearAndFlush];
+        let aging = aging[self.random.below(3) as usize];
+        self.forget_uses();
+        let flagging = self.space.eptp() & 1 << 6 != 0;
+        let pages = || {
+            let pages = self.model.pages.iter();
+            let there = pages.filter(|(_, page)| (first..last).contains(&page.client));
+            there.map(|(page, _)| *page)
+        };
+        // With the flags those say it; without, a leaf that is there.
+        let young = |page: u64| {
+            let found = self.host.translate(self.space.eptp(), page * PAGE);
+            found.is_some_and(|(_, entry)| !flagging || entry & 0x100 != 0)
+        };
+        let expected = pages().any(young);
+        let used = pages().any(|page| self.used.contains(&page));
+        let groups: BTreeSet<u64> = pages().map(|page| page / GROUP).collect();
+        let watched = !self.host.pins();
+        let result = self.host.age(first, last, aging);
+        assert_eq!(
+            result,
+            watched && expected,
+            "{first:#x}..{last:#x} {aging:?}"
+        );
+        assert!(result || !used || !watched, "a use was not noticed");
+        if aging == Aging::Look || !watched {
+            return;
+        }
+        assert!(!pages().any(young), "{first:#x}..{last:#x} is still young");
+        let flushes = self.space.statistics().flushes;
+        let flush = expected && (aging == Aging::ClearAndFlush || !flagging);
+        assert_eq!(flushes != self.flushes, flush);
+        self.used.retain(|page| !groups.contains(&(page / GROUP)));
+        if flush {
+            self.flushes = flushes;
+            self.unnoticed.clear();
+        } else {
+            self.unnoticed.extend(groups);
+        }
+    }
+
+    /// Whatever was flushed may have lost its leaf, and the flag with it.
+    fn forget_uses(&mut self) {
+        let flushes = self.space.statistics().flushes;
+        if flushes != self.flushes {
+            self.flushes = flushes;
+            self.used.clear();
+            self.unnoticed.clear();
+        }
+    }
+
     /// A guest on one of the processors touches a page, or several in a row.
     fn touch(&mut self) {
         let cpu = self.random.below(CPUS as u64) as usize;
@@ -434,7 +332,8 @@ impl Bench {
                 self.space.flushed(cpu, flush);
             }
             if !self.tlbs[cpu].contains_key(&page) {
-                if let Some((frame, entry)) = self.host.translate(self.space.eptp(), page * PAGE) {
+                if let Some((frame, entry)) = self.host.walk(self.space.eptp(), page * PAGE, write)
+                {
                     self.tlbs[cpu].insert(page, (frame, entry & 2 != 0));
                 }
             }
@@ -447,6 +346,10 @@ impl Bench {
             }
             self.space.after_exit(cpu);
             if cached.is_some_and(|(_, writable)| writable || !write) {
+                self.forget_uses();
+                if !self.unnoticed.contains(&(page / GROUP)) {
+                    self.used.insert(page);
+                }
                 return;
             }
             // An EPT violation drops the translation it is about.

@@ -12,6 +12,7 @@ use abi::Os;
 use driver::{Devices, LoadError, Node, Opened};
 use vmx::arch::addr::Hva;
 use vmx::fallible::{NoMemory, Shared, try_box};
+use vmx::host::Aging;
 use vmx::{Hypervisor, StartError};
 
 use crate::host::Linux;
@@ -169,6 +170,25 @@ unsafe extern "C" fn haxm_core_invalidate_begin(listener: *mut c_void, start: u6
 unsafe extern "C" fn haxm_core_invalidate_end(listener: *mut c_void, start: u64, end: u64) {
     // SAFETY: the caller's contract.
     unsafe { user::report(listener, |l| l.end(Hva(start), Hva(end))) };
+}
+
+/// # Safety
+/// As `haxm_core_invalidate_begin`.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn haxm_core_young(
+    listener: *mut c_void,
+    start: u64,
+    end: u64,
+    aging: u32,
+) -> u32 {
+    // HAXM_AGING_* of `haxm.h`.
+    let aging = match aging {
+        0 => Aging::Look,
+        1 => Aging::Clear,
+        _ => Aging::ClearAndFlush,
+    };
+    // SAFETY: the caller's contract.
+    u32::from(unsafe { user::report(listener, |l| l.young(Hva(start), Hva(end), aging)) })
 }
 
 #[unsafe(no_mangle)]

@@ -236,9 +236,12 @@ unsafe impl UserSpace for Process {
 ///
 /// # Safety
 /// `listener` was given to `haxm_os_user_watch`, and the watch has not ended.
-pub(crate) unsafe fn report(listener: *const c_void, tell: impl FnOnce(&dyn Invalidate)) {
+pub(crate) unsafe fn report<T>(
+    listener: *const c_void,
+    tell: impl FnOnce(&dyn Invalidate) -> T,
+) -> T {
     // SAFETY: it is the slot of a `Process` that is being watched.
     let wide = unsafe { listener.cast::<Listener>().read() };
     // SAFETY: the caller of `watch` keeps the listener valid until `unwatch` returns.
-    tell(unsafe { wide.as_ref() });
+    tell(unsafe { wide.as_ref() })
 }

@@ -17,6 +17,7 @@ mod probe;
 mod process;
 mod ram;
 mod region;
+mod swept;
 mod tunnel;
 
 use std::io::Write;

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
@@ -202,4 +203,23 @@ impl Drop for Swap {
         // SAFETY: the path is a C string.
         unsafe { libc::swapoff(self.0.as_ptr()) };
     }
+}
+
+/// Mounts the control groups (version 2) on a directory.
+pub fn mount_control_groups(at: &Path) -> Result<()> {
+    let at = std::ffi::CString::new(at.as_os_str().as_encoded_bytes())?;
+    let kind = c"cgroup2".as_ptr();
+    // SAFETY: three C strings and no data.
+    let result = unsafe { libc::mount(kind, at.as_ptr(), kind, 0, std::ptr::null()) };
+    ensure!(result == 0, "mount: {}", io::Error::last_os_error());
+    Ok(())
+}
+
+/// Unmounts what is mounted on a directory, when nobody uses it any more.
+pub fn unmount(at: &Path) {
+    let Ok(at) = std::ffi::CString::new(at.as_os_str().as_encoded_bytes()) else {
+        return;
+    };
+    // SAFETY: a C string.
+    unsafe { libc::umount2(at.as_ptr(), libc::MNT_DETACH) };
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use vmx::arch::addr::{Hva, Pfn};
-use vmx::host::{HostFrame, Invalidate, PresentPage, UserFault};
+use vmx::host::{Aging, HostFrame, Invalidate, PresentPage, UserFault};
 
 use crate::cores::thread;
 use crate::fault;
@@ -241,7 +241,29 @@ impl Process {
         .expect("mapped writable");
     }
 
+    /// Asks whether a guest has used a page of a range, as page reclaim does.
+    #[must_use]
+    pub fn age(&self, start: Hva, size: u64, aging: Aging) -> bool {
+        let _inside = fault::inside();
+        let mut young = false;
+        self.each_listener(|target| {
+            young |= target.young(start, Hva(start.0 + size), aging);
+        });
+        young
+    }
+
     fn report(&self, range: &Range<u64>, begin: bool) {
+        let (start, end) = (Hva(range.start), Hva(range.end));
+        self.each_listener(|target| {
+            if begin {
+                target.begin(start, end);
+            } else {
+                target.end(start, end);
+            }
+        });
+    }
+
+    fn each_listener(&self, mut call: impl FnMut(&dyn Invalidate)) {
         let listeners = self
             .0
             .listeners
@@ -253,11 +275,7 @@ impl Process {
             let target = unsafe { listener.target.as_ref() };
             // Reports come with preemption masked at worst: no sleeping.
             thread(|t| t.preempt.set(t.preempt.get() + 1));
-            if begin {
-                target.begin(Hva(range.start), Hva(range.end));
-            } else {
-                target.end(Hva(range.start), Hva(range.end));
-            }
+            call(target);
             thread(|t| t.preempt.set(t.preempt.get() - 1));
             crate::cores::Cores::release(&self.machine());
         }

@@ -10,7 +10,7 @@ use sim::{Machine, Profile, SimHost, SimMutex, SimSpin};
 use vmx::arch::addr::Hva;
 use vmx::cpu::Cpu;
 use vmx::host::{
-    CpuOffline, Host, HostPage, InterruptsOff, Invalidate, OwnedPage, Pinned, SharedPage,
+    Aging, CpuOffline, Host, HostPage, InterruptsOff, Invalidate, OwnedPage, Pinned, SharedPage,
     UserFault, UserSpace,
 };
 use vmx::sync::{Lock, LockClass};
@@ -329,6 +329,9 @@ impl Invalidate for Heard {
     }
     fn end(&self, _start: Hva, _end: Hva) {
         self.ends.fetch_add(1, Ordering::SeqCst);
+    }
+    fn young(&self, _start: Hva, _end: Hva, _aging: Aging) -> bool {
+        true
     }
 }
 

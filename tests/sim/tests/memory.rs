@@ -8,6 +8,7 @@ use abi::tunnel::{ExitStatus, FastMmioDirection};
 use sim::client::{CODE, Client, RAM_SIZE};
 use sim::{Access, Machine, Step, StringIo};
 use vmx::arch::addr::Hva;
+use vmx::host::Aging;
 use vmx::{Error, Vm};
 
 const RAX: usize = 0;
@@ -439,5 +440,26 @@ fn requests_that_make_no_sense_change_nothing() {
         client.run([Step::set_gpr(RCX, 1), Step::write(0, 4, 1, 2)]),
         ExitStatus::Interrupt
     );
+    client.finish();
+}
+
+/// Page reclaim asks what the guest uses: the processor's own flags tell, and after they are cleared each
+/// entry's INVEPT sees to it that the next use is noticed.
+#[test]
+fn the_host_hears_which_pages_the_guest_uses() {
+    let client = borrowing_client();
+    let page = |gpa: u64| Hva(client.ram.0 + gpa);
+    let young = |gpa, aging| client.process.age(page(gpa), 0x1000, aging);
+    client.run([Step::write(0x9000, 4, 1, 2), Step::read(0xa000, 4, 0, 2)]);
+    assert!(young(0x9000, Aging::Look) && young(0xa000, Aging::ClearAndFlush));
+    assert!(young(0x9000, Aging::Look) && !young(0xa000, Aging::Look));
+    // The processor still has both translations.
+    client.run([Step::read(0xa000, 4, 0, 2)]);
+    assert!(young(0xa000, Aging::Look));
+    assert!(!young(0xb000, Aging::ClearAndFlush));
+    // Without a flush it uses what it has cached unnoticed.
+    assert!(young(0xa000, Aging::Clear));
+    client.run([Step::read(0xa000, 4, 0, 2)]);
+    assert!(!young(0xa000, Aging::ClearAndFlush));
     client.finish();
 }

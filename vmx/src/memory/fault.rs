@@ -1,10 +1,7 @@
 //! How a guest's touch of a page becomes an EPT entry.
 
-use core::sync::atomic::Ordering;
-
 use crate::Error;
 use crate::arch::addr::{Gpa, Hva, PAGE_SHIFT, PAGE_SIZE, Pfn};
-use crate::arch::ept::EPTP_ACCESSED_DIRTY;
 use crate::host::{Host, HostFrame, Lending, UserFault, UserSpace};
 
 use super::around::Around;
@@ -170,8 +167,7 @@ impl<H: Host> Inner<H> {
             return Look::Known(FaultOutcome::Protected { gpa: Gpa(first) });
         }
         if slot.rom && access.write {
-            let flagging = self.eptp.load(Ordering::Acquire) & EPTP_ACCESSED_DIRTY != 0;
-            return if access.walk && flagging {
+            return if access.walk && self.flagging() {
                 Look::FlaggedWalk
             } else {
                 Look::Known(FaultOutcome::RomWrite)

@@ -2,7 +2,7 @@
 //! under way from using an answer that is no longer true.
 
 use crate::arch::addr::Hva;
-use crate::host::{Host, Invalidate};
+use crate::host::{Aging, Host, Invalidate};
 
 use super::ept::Graveyard;
 use super::space::Inner;
@@ -64,14 +64,14 @@ impl Invalidations {
 
 impl<H: Host> Inner<H> {
     /// Clears what the next few slots after `after` translate to
-    /// `start..end`; returns where to go on.
+    /// `start..end`; returns where to go on, and whether there was something.
     fn clear_some(
         &self,
         after: Option<Key>,
         start: u64,
         end: u64,
         grave: &mut Graveyard<H>,
-    ) -> Option<Key> {
+    ) -> (Option<Key>, bool) {
         let mut core = self.core.lock();
         let mut after = after;
         let mut cleared = false;
@@ -87,7 +87,24 @@ impl<H: Host> Inner<H> {
         if cleared {
             self.presence.advance();
         }
-        after
+        (after, cleared)
+    }
+
+    /// Takes every translation to `start..end` of the client's memory away;
+    /// returns whether there was one.
+    pub(super) fn take_away(&self, start: u64, end: u64) -> bool {
+        let mut grave = Graveyard::new();
+        let (mut after, mut any) = self.clear_some(None, start, end, &mut grave);
+        while after.is_some() {
+            let (next, cleared) = self.clear_some(after, start, end, &mut grave);
+            after = next;
+            any |= cleared;
+        }
+        // Also if nothing was cleared: another thread may have cleared it and
+        // still be waiting for the processors.
+        self.finish_flush();
+        grave.bury(&self.counters);
+        any
     }
 }
 
@@ -96,18 +113,14 @@ impl<H: Host> Invalidate for Inner<H> {
         // From here on no leaf is written for this range, so the rest need not
         // be done in one hold of the lock.
         self.core.lock().invalidations.begin(start.0, end.0);
-        let mut grave = Graveyard::new();
-        let mut after = self.clear_some(None, start.0, end.0, &mut grave);
-        while after.is_some() {
-            after = self.clear_some(after, start.0, end.0, &mut grave);
-        }
-        // Also if nothing was cleared: another thread may have cleared it and
-        // still be waiting for the processors.
-        self.finish_flush();
-        grave.bury(&self.counters);
+        self.take_away(start.0, end.0);
     }
 
     fn end(&self, _start: Hva, _end: Hva) {
         self.core.lock().invalidations.end();
+    }
+
+    fn young(&self, start: Hva, end: Hva, aging: Aging) -> bool {
+        self.age(start.0, end.0, aging)
     }
 }

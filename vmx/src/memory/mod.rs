@@ -14,6 +14,7 @@
 //!   [`walk::translate`] with an [`AddressSpace::reader`].
 
 mod access;
+mod age;
 mod around;
 mod block;
 mod change;

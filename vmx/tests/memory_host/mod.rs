@@ -8,107 +8,32 @@
 pub(crate) mod access;
 mod cpu;
 mod pins;
+mod process;
+mod walk;
+mod watched;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::{Cell, RefCell};
+use std::alloc::Layout;
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use haxm_vmx::arch::addr::{Hpa, Hva, Pfn};
+use haxm_vmx::arch::addr::{Hpa, Hva};
 use haxm_vmx::fallible::NoMemory;
-use haxm_vmx::host::{
-    CpuOffline, Host, HostFrame, HostPage, Invalidate, Lending, PresentPage, SharedPage, UserFault,
-    UserSpace,
-};
-use haxm_vmx::sync::{LockClass, RawLock};
+use haxm_vmx::host::{Aging, CpuOffline, Host, HostPage, Invalidate, SharedPage};
 
 use cpu::NoCpu;
-use pins::FakePins;
+use process::FakeProcess;
+#[allow(unused_imports, reason = "not every test file uses every part")]
+pub(crate) use watched::{Allocator, UNDER_SPIN, with_failure};
+use watched::{FakeLock, fails, undisturbed};
 
 pub(crate) const PAGE: u64 = 4096;
 
 thread_local! {
-    /// Lock classes this thread holds, innermost last.
-    static HELD: RefCell<Vec<LockClass>> = const { RefCell::new(Vec::new()) };
-    /// Spin locks this thread holds.
-    static SPINNING: Cell<u32> = const { Cell::new(0) };
-    /// Allocations left until one fails, while the core runs.
-    static FAIL_IN: Cell<Option<u32>> = const { Cell::new(None) };
-    /// An allocation was failed.
-    static FAILED: Cell<bool> = const { Cell::new(false) };
     /// The processor this thread is on.
     static CPU: Cell<usize> = const { Cell::new(0) };
-}
-
-/// Allocations and frees under a spin lock: there must be none.
-pub(crate) static UNDER_SPIN: AtomicUsize = AtomicUsize::new(0);
-
-/// The system's allocator, failing on demand and watching for spin locks.
-pub(crate) struct Allocator;
-
-/// Whether the next allocation is to fail.
-fn fails() -> bool {
-    match FAIL_IN.get() {
-        Some(0) => {
-            FAIL_IN.set(None);
-            FAILED.set(true);
-            true
-        }
-        Some(left) => {
-            FAIL_IN.set(Some(left - 1));
-            false
-        }
-        None => false,
-    }
-}
-
-fn note_spinning() {
-    if SPINNING.get() > 0 {
-        UNDER_SPIN.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-// SAFETY: passes everything on to the system's allocator.
-unsafe impl GlobalAlloc for Allocator {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        note_spinning();
-        if fails() {
-            return std::ptr::null_mut();
-        }
-        // SAFETY: the caller's contract.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        note_spinning();
-        // SAFETY: the caller's contract.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-/// Runs `call` with the allocation numbered `fail_in` failing; tells whether it
-/// came to that.
-pub(crate) fn with_failure<T>(fail_in: Option<u32>, call: impl FnOnce() -> T) -> (T, bool) {
-    FAILED.set(false);
-    FAIL_IN.set(fail_in);
-    let result = call();
-    FAIL_IN.set(None);
-    (result, FAILED.get())
-}
-
-/// Runs `call`, a part of the fake host, with allocations working.
-fn undisturbed<T>(call: impl FnOnce() -> T) -> T {
-    assert_eq!(SPINNING.get(), 0, "the host was called under a spin lock");
-    let fail_in = FAIL_IN.take();
-    let result = call();
-    FAIL_IN.set(fail_in);
-    result
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Puts the calling thread on a processor.
@@ -116,44 +41,8 @@ pub(crate) fn run_as_cpu(cpu: usize) {
     CPU.set(cpu);
 }
 
-/// A lock that checks the order of classes. `SPINS`: it is a spin lock.
-pub(crate) struct FakeLock<const SPINS: bool> {
-    taken: AtomicBool,
-    class: LockClass,
-}
-
-// SAFETY: the flag admits one thread at a time, acquiring and releasing.
-unsafe impl<const SPINS: bool> RawLock for FakeLock<SPINS> {
-    fn new(class: LockClass) -> Result<Self, NoMemory> {
-        if fails() {
-            return Err(NoMemory);
-        }
-        Ok(Self {
-            taken: AtomicBool::new(false),
-            class,
-        })
-    }
-
-    fn lock(&self) {
-        let fail_in = FAIL_IN.take();
-        HELD.with_borrow_mut(|held| {
-            if let Some(last) = held.last() {
-                assert!(*last < self.class, "{:?} under {last:?}", self.class);
-            }
-            held.push(self.class);
-        });
-        FAIL_IN.set(fail_in);
-        while self.taken.swap(true, Ordering::Acquire) {
-            std::thread::yield_now();
-        }
-        SPINNING.set(SPINNING.get() + u32::from(SPINS));
-    }
-
-    unsafe fn unlock(&self) {
-        SPINNING.set(SPINNING.get() - u32::from(SPINS));
-        self.taken.store(false, Ordering::Release);
-        HELD.with_borrow_mut(|held| assert_eq!(held.pop(), Some(self.class)));
-    }
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A processor: `inside` is held while a guest runs there with interrupts off.
@@ -261,6 +150,11 @@ impl FakeHost {
         locked(&self.0.process).get(&page).copied()
     }
 
+    /// Whether memory is pinned.
+    pub(crate) fn pins(&self) -> bool {
+        self.0.pins
+    }
+
     fn tell(&self, frame: u64, pinned: bool) {
         if let Some(pinning) = &*locked(&self.0.pinning) {
             pinning(frame, pinned);
@@ -310,70 +204,21 @@ impl FakeHost {
         self.report(|listener| listener.end(start, end));
     }
 
+    /// Asks about the client's pages `first..last` as page reclaim does.
+    pub(crate) fn age(&self, first: u64, last: u64, aging: Aging) -> bool {
+        let mut young = false;
+        self.report(|listener| {
+            young = listener.young(Hva(first * PAGE), Hva(last * PAGE), aging);
+        });
+        young
+    }
+
     pub(crate) fn report(&self, call: impl FnOnce(&dyn Invalidate)) {
         let listener = self.0.listener.read().unwrap();
         if let Some(listener) = &*listener {
             // SAFETY: valid until `unwatch`, which needs this lock for writing.
             call(unsafe { listener.0.as_ref() });
         }
-    }
-
-    /// The entry at `index` of the EPT page at a physical address.
-    pub(crate) fn entry(&self, table: u64, index: u64) -> u64 {
-        assert!(
-            locked(&self.0.pages).contains(&(table as usize)),
-            "the processor walks into a page that is not an EPT page"
-        );
-        let first = table as usize as *mut u64;
-        // SAFETY: the page is handed out, so 512 entries are there.
-        let entry = unsafe { first.add(index as usize) };
-        // SAFETY: aligned, and accessed atomically by everyone.
-        unsafe { AtomicU64::from_ptr(entry) }.load(Ordering::Acquire)
-    }
-
-    /// Whether a page is an EPT page now.
-    pub(crate) fn is_table(&self, page: u64) -> bool {
-        locked(&self.0.pages).contains(&(page as usize))
-    }
-
-    /// The lowest table on the way to a guest-physical address, which the
-    /// processor may cache.
-    pub(crate) fn lowest_table(&self, eptp: u64, gpa: u64) -> u64 {
-        const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-        let mut table = eptp & ADDRESS;
-        for level in (2..=4u32).rev() {
-            let entry = self.entry(table, (gpa >> (12 + 9 * (level - 1))) & 511);
-            if entry & 7 == 0 || entry & 0x80 != 0 {
-                break;
-            }
-            table = entry & ADDRESS;
-        }
-        table
-    }
-
-    /// What the processor finds for a guest-physical address: the frame of its
-    /// 4 KB page, and the entry.
-    pub(crate) fn translate(&self, eptp: u64, gpa: u64) -> Option<(u64, u64)> {
-        const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-        let mut table = eptp & ADDRESS;
-        for level in (1..=4u32).rev() {
-            let shift = 12 + 9 * (level - 1);
-            let entry = self.entry(table, (gpa >> shift) & 511);
-            if entry & 7 == 0 {
-                assert_eq!(entry, 0);
-                return None;
-            }
-            if level == 1 || entry & 0x80 != 0 {
-                assert_eq!(entry & 0x38, 6 << 3, "not write-back");
-                assert_eq!(entry & 0x80 != 0, level > 1);
-                let base = entry & ADDRESS;
-                assert_eq!(base & ((1 << shift) - 1), 0, "a leaf is not aligned");
-                return Some(((base + (gpa & ((1 << shift) - 1))) / PAGE, entry));
-            }
-            assert_eq!(entry & !ADDRESS, 7, "reserved bits in a table entry");
-            table = entry & ADDRESS;
-        }
-        unreachable!()
     }
 }
 
@@ -497,215 +342,6 @@ unsafe impl SharedPage for NoPage {
     }
     fn user(&self) -> Hva {
         unimplemented!()
-    }
-}
-
-/// The client's process.
-pub(crate) struct FakeProcess(FakeHost);
-
-impl FakeProcess {
-    /// Calls `each` with the contents of each page of `length` bytes at
-    /// `address`: the bytes, the offset in them, and that in the request.
-    fn pieces(
-        &self,
-        address: Hva,
-        length: usize,
-        write: bool,
-        each: &mut dyn FnMut(&mut [u8], usize),
-    ) -> Result<(), UserFault> {
-        undisturbed(|| {
-            let interlude = locked(&self.0.0.copying).take();
-            if let Some(interlude) = interlude {
-                interlude(&self.0);
-            }
-            let mut done = 0;
-            while done < length {
-                let here = address.0 + done as u64;
-                let offset = (here % PAGE) as usize;
-                let part = (4096 - offset).min(length - done);
-                let backing = self.0.backing(here / PAGE).ok_or(UserFault::BadAddress)?;
-                if write && !backing.writable {
-                    return Err(UserFault::BadAddress);
-                }
-                let mut contents = locked(&self.0.0.contents);
-                let page = contents
-                    .entry(backing.frame)
-                    .or_insert_with(|| vec![0; 4096]);
-                each(&mut page[offset..offset + part], done);
-                done += part;
-            }
-            Ok(())
-        })
-    }
-}
-
-// SAFETY: the only changes of what `fault_in` said are made by
-// `FakeHost::change`, which reports them.
-unsafe impl UserSpace for FakeProcess {
-    type Pins = FakePins;
-
-    fn lending(&self) -> Lending {
-        if self.0.0.pins {
-            Lending::Pinned
-        } else {
-            Lending::Borrowed
-        }
-    }
-
-    fn pin(&self, start: Hva, pages: usize) -> Result<FakePins, UserFault> {
-        assert!(self.0.0.pins && start.0 % PAGE == 0 && (1..=512).contains(&pages));
-        if fails() {
-            return Err(UserFault::NoMemory);
-        }
-        undisturbed(|| {
-            let first = start.0 / PAGE;
-            let found: Option<Vec<_>> = (first..first + pages as u64)
-                .map(|page| self.0.lent(page))
-                .collect();
-            let backings = found.ok_or(UserFault::BadAddress)?;
-            for (page, backing) in (first..).zip(&backings) {
-                let mut pinned = locked(&self.0.0.pinned);
-                let (_, count) = pinned.entry(page).or_insert((*backing, 0));
-                *count += 1;
-                if *count == 1 {
-                    self.0.tell(backing.frame, true);
-                }
-            }
-            let interlude = locked(&self.0.0.interlude).take();
-            if let Some(interlude) = interlude {
-                interlude(&self.0);
-            }
-            for _ in 0..self.0.0.pause.load(Ordering::Relaxed) {
-                std::thread::yield_now();
-            }
-            Ok(FakePins {
-                host: self.0.clone(),
-                first,
-                backings,
-            })
-        })
-    }
-
-    fn is_current(&self) -> bool {
-        true
-    }
-
-    fn fault_in(&self, address: Hva, write: bool, ahead: u32) -> Result<HostFrame, UserFault> {
-        if fails() {
-            return Err(UserFault::NoMemory);
-        }
-        undisturbed(|| {
-            assert_eq!(address.0 % PAGE, 0);
-            let found = self.0.backing(address.0 / PAGE);
-            let interlude = locked(&self.0.0.interlude).take();
-            if let Some(interlude) = interlude {
-                interlude(&self.0);
-            }
-            for _ in 0..self.0.0.pause.load(Ordering::Relaxed) {
-                std::thread::yield_now();
-            }
-            let backing = found.ok_or(UserFault::BadAddress)?;
-            if write && !backing.writable {
-                return Err(UserFault::BadAddress);
-            }
-            let first = address.0 / PAGE;
-            locked(&self.0.0.asked).push((first, 1 + u64::from(ahead)));
-            let small = |page: &u64| self.0.backing(*page).is_some_and(|b| b.shift == 12);
-            let brought_in = (first..=first + u64::from(ahead)).take_while(small);
-            locked(&self.0.0.resident).extend(brought_in);
-            Ok(HostFrame {
-                frame: Pfn(backing.frame),
-                writable: backing.writable,
-                shift: backing.shift,
-            })
-        })
-    }
-
-    fn present(&self, first: Hva, wanted: usize, pages: &mut [PresentPage]) {
-        undisturbed(|| {
-            assert_eq!(first.0 % PAGE, 0);
-            assert!(wanted < pages.len());
-            let touched = first.0 / PAGE + wanted as u64;
-            let at = |page: &u64| {
-                let resident = locked(&self.0.0.resident).contains(page);
-                let backing = self
-                    .0
-                    .backing(*page)
-                    .filter(|b| resident && b.shift == 12)?;
-                Some(PresentPage::new(Pfn(backing.frame), backing.writable))
-            };
-            if at(&touched).is_none() {
-                return;
-            }
-            for (page, found) in (first.0 / PAGE..).zip(pages) {
-                if page / 512 == touched / 512 {
-                    *found = at(&page).unwrap_or_default();
-                }
-            }
-            let interlude = locked(&self.0.0.interlude).take();
-            if let Some(interlude) = interlude {
-                interlude(&self.0);
-            }
-            for _ in 0..self.0.0.pause.load(Ordering::Relaxed) {
-                std::thread::yield_now();
-            }
-        });
-    }
-
-    fn read(&self, address: Hva, bytes: &mut [u8]) -> Result<(), UserFault> {
-        let length = bytes.len();
-        self.pieces(address, length, false, &mut |page, done| {
-            bytes[done..done + page.len()].copy_from_slice(page);
-        })
-    }
-
-    fn write(&self, address: Hva, bytes: &[u8]) -> Result<(), UserFault> {
-        self.pieces(address, bytes.len(), true, &mut |page, done| {
-            page.copy_from_slice(&bytes[done..done + page.len()]);
-        })
-    }
-
-    fn compare_exchange(
-        &self,
-        address: Hva,
-        size: u8,
-        old: u128,
-        new: u128,
-    ) -> Result<u128, UserFault> {
-        let size = usize::from(size);
-        let mut found = [0; 16];
-        self.pieces(address, size, true, &mut |page, _| {
-            found[..size].copy_from_slice(page);
-            if page == &old.to_le_bytes()[..size] {
-                page.copy_from_slice(&new.to_le_bytes()[..size]);
-            }
-        })?;
-        Ok(u128::from_le_bytes(found))
-    }
-
-    unsafe fn watch(&self, listener: NonNull<dyn Invalidate>) -> Result<(), NoMemory> {
-        assert!(!self.0.0.pins);
-        if fails() {
-            return Err(NoMemory);
-        }
-        undisturbed(|| {
-            let before = self
-                .0
-                .0
-                .listener
-                .write()
-                .unwrap()
-                .replace(Listener(listener));
-            assert!(before.is_none());
-        });
-        Ok(())
-    }
-
-    fn unwatch(&self) {
-        undisturbed(|| {
-            let before = self.0.0.listener.write().unwrap().take();
-            assert!(before.is_some());
-        });
     }
 }
 

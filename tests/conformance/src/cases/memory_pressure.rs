@@ -1,330 +1,32 @@
-//! The host takes pages, moves them, merges them and makes large ones of them while a guest uses them: the
-//! guest sees what the client sees, and the driver uses the large pages there are.
-//!
-//! A sweep of the guest reads all of a buffer, compares every eight bytes with what the client wrote there, and
-//! writes others, which the client compares.
+//! The host takes pages, moves them and merges them while a guest uses them: the guest sees what the client sees,
+//! and the host hears which pages the guest uses.
 
 use std::fs;
-use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, ensure};
 
 use super::{Case, Outcome};
-use crate::code::Code;
-use crate::exit::Exit;
-use crate::guest;
-use crate::machine::Machine;
-use crate::modes::Mode;
-use crate::region::{HUGE, LARGE, PAGE, Pattern, Region, Swap};
+use crate::region::{LARGE, PAGE, Pattern, Region, Swap};
+use crate::swept::{BUFFER, GPA, Setting, Swept, pattern};
 
 pub const CASES: &[Case] = &[
-    case!(small_leaves),
-    case!(large_leaves),
-    case!(huge_leaf),
-    case!(large_page_split_and_collapsed),
     case!(swapped_out),
     case!(swapped_out_while_it_runs),
     case!(merged),
     case!(compacted),
+    case!(what_the_guest_uses_stays),
 ];
-
-/// Where the buffer is in the guest.
-const GPA: u64 = 0x1000_0000;
-const BUFFER: u64 = 4 << 20;
-
-/// RDI, RCX: the buffer and its words. RAX, RBX: what must be there, and its step. RDX, RSI: what is written
-/// there, and its step. Stops with HLT where it finds something else.
-fn sweep() -> Code {
-    guest!(64:
-        "2: cmp [rdi], rax", "jne 3f", "mov [rdi], rdx",
-        "add rax, rbx", "add rdx, rsi", "add rdi, 8", "dec rcx", "jnz 2b",
-        "out 0x80, al", "3: hlt")
-}
-
-/// A guest with a buffer.
-struct Host {
-    machine: Machine,
-    region: Region,
-    gpa: u64,
-}
-
-impl Host {
-    fn new(region: Region, gpa: u64) -> Result<Self> {
-        let machine = Machine::new(Mode::Long, sweep())?;
-        machine.vm.add_ramblock(region.address(), region.size())?;
-        machine
-            .vm
-            .set_ram2(gpa, region.size(), 0, region.address())?;
-        Ok(Self {
-            machine,
-            region,
-            gpa,
-        })
-    }
-
-    fn buffer() -> Result<Self> {
-        Self::new(Region::new(BUFFER)?, GPA)
-    }
-
-    /// The guest finds one pattern everywhere and leaves the other one.
-    fn sweep(&self, found: Pattern, left: Pattern) -> Result<()> {
-        self.machine.set(|state| {
-            state.rip = self.machine.mode.entry();
-            (state.rdi, state.rcx) = (self.gpa, self.region.size() / 8);
-            (state.rax, state.rbx) = (found.first, found.step);
-            (state.rdx, state.rsi) = (left.first, left.step);
-        })?;
-        let exit = self.machine.run()?;
-        let state = self.machine.regs()?;
-        let offset = state.rdi.wrapping_sub(self.gpa);
-        ensure!(
-            matches!(exit, Exit::Out { .. }),
-            "{exit:?}: the guest does not find {:#x} at {offset:#x} of the buffer",
-            state.rax
-        );
-        Ok(())
-    }
-
-    /// Both sides see all that the other one writes. `between` is run after each writing.
-    fn both_sides(&self, seed: u64, mut between: impl FnMut() -> Result<()>) -> Result<()> {
-        let (first, second) = (pattern(seed), pattern(seed + 1));
-        self.region.fill(first);
-        between()?;
-        self.sweep(first, second)?;
-        between()?;
-        self.sweep(second, first)?;
-        between()?;
-        self.region.check(first)
-    }
-
-    /// Ends the VM; what the driver says of its memory.
-    fn finish(self) -> Result<Counters> {
-        let log = KernelLog::from_now()?;
-        let name = format!("VM {}: memory:", self.machine.vm.id);
-        drop(self.machine);
-        log.counters(&name)
-    }
-}
-
-const fn pattern(seed: u64) -> Pattern {
-    let first = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    Pattern {
-        first,
-        step: first | 1,
-    }
-}
-
-/// What the driver counted.
-#[derive(Debug)]
-struct Counters {
-    leaves: [u64; 3],
-    tables: u64,
-    flushes: u64,
-}
-
-/// The kernel's log.
-struct KernelLog(fs::File);
-
-impl KernelLog {
-    /// What is logged from now on.
-    fn from_now() -> Result<Self> {
-        let mut file = fs::File::options()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open("/dev/kmsg")?;
-        file.seek(SeekFrom::End(0))?;
-        Ok(Self(file))
-    }
-
-    /// The counters in the line that has `name` in it: `12 slots, leaves 100/3/0, 9 tables, 4 flushes`.
-    fn counters(mut self, name: &str) -> Result<Counters> {
-        let mut record = [0; 1024];
-        // A read gives one record, and fails after the last one.
-        while let Ok(length) = self.0.read(&mut record) {
-            let text =
-                String::from_utf8_lossy(record.get(..length).unwrap_or_default()).into_owned();
-            let Some((_, counters)) = text.split_once(name) else {
-                continue;
-            };
-            let numbers: Vec<u64> = counters
-                .lines()
-                .next()
-                .unwrap_or_default()
-                .split(|c: char| !c.is_ascii_digit())
-                .filter_map(|word| word.parse().ok())
-                .collect();
-            let [_, small, large, huge, tables, flushes] = numbers.as_slice() else {
-                anyhow::bail!("cannot make sense of '{counters}'");
-            };
-            return Ok(Counters {
-                leaves: [*small, *large, *huge],
-                tables: *tables,
-                flushes: *flushes,
-            });
-        }
-        anyhow::bail!("the driver logs no '{name}'")
-    }
-}
-
-/// A file of the kernel's with another setting in it until this is dropped.
-struct Setting {
-    path: &'static str,
-    before: String,
-}
-
-impl Setting {
-    fn new(path: &'static str, value: &str) -> Result<Self> {
-        let text = fs::read_to_string(path).context(path)?;
-        // One word, or a choice of words with brackets around the one that holds.
-        let chosen = text.split(['[', ']']).nth(1).unwrap_or(&text);
-        fs::write(path, value).context(path)?;
-        Ok(Self {
-            path,
-            before: chosen.trim().to_owned(),
-        })
-    }
-}
-
-impl Drop for Setting {
-    fn drop(&mut self) {
-        // The next case that needs another setting makes it itself.
-        drop(fs::write(self.path, &self.before));
-    }
-}
-
-/// Machines with little memory have large pages switched off.
-fn large_pages() -> Result<Setting> {
-    Setting::new("/sys/kernel/mm/transparent_hugepage/enabled", "madvise")
-}
-
-/// Pages in 4 KB: the tables take at most 0.3 % of guest RAM.
-fn small_leaves() -> Outcome {
-    const SIZE: u64 = 16 << 20;
-    let host = Host::new(Region::new(SIZE)?, GPA)?;
-    let zero = Pattern { first: 0, step: 0 };
-    host.sweep(zero, pattern(1))?;
-    host.region.check(pattern(1))?;
-    let counters = host.finish()?;
-    ensure!(counters.leaves[0] >= SIZE / PAGE, "{counters:?}");
-    ensure!(
-        counters.leaves[1] == 0 && counters.leaves[2] == 0,
-        "{counters:?}"
-    );
-    ensure!(
-        counters.tables * PAGE * 1000 <= SIZE * 3,
-        "more than 0.3 %: {counters:?}"
-    );
-    Ok(())
-}
-
-/// Pages in 2 MB: no table below the directory, which serves a whole gigabyte: 0.01 % of it at most.
-fn large_leaves() -> Outcome {
-    let _setting = large_pages()?;
-    let host = Host::buffer()?;
-    host.region.advise(0, BUFFER, libc::MADV_HUGEPAGE)?;
-    host.both_sides(2, || Ok(()))?;
-    let counters = host.finish()?;
-    ensure!(counters.leaves[1] == BUFFER / LARGE, "{counters:?}");
-    // Those of the first two megabytes, where pages are small.
-    ensure!(
-        counters.leaves[0] <= 512 && counters.leaves[2] == 0,
-        "{counters:?}"
-    );
-    ensure!(
-        counters.tables * PAGE * 10_000 <= HUGE,
-        "more than 0.01 %: {counters:?}"
-    );
-    Ok(())
-}
-
-/// A page of 1 GB, where the host has one to give.
-fn huge_leaf() -> Outcome {
-    borrowed_only!();
-    let pages = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages");
-    if !matches!(pages.as_deref().map(str::trim), Ok(count) if count != "0") {
-        println!("  no page of 1 GB: huge_leaf has nothing to show");
-        return Ok(());
-    }
-    // The guest's tables reach one gigabyte: its second half is mapped where the first one is, too.
-    let machine = Machine::new(
-        Mode::Long,
-        guest!(64: "mov eax, [rdi]", "mov dword ptr [rdi + 4], 0x22", "hlt"),
-    )?;
-    let region = Region::huge()?;
-    machine.vm.add_ramblock(region.address(), HUGE)?;
-    machine.vm.set_ram2(4 * HUGE, HUGE, 0, region.address())?;
-    for offset in [0, HUGE / 2 + 0x1234_5678, HUGE - PAGE] {
-        let offset = offset & !7;
-        // Linear 1 GB: the page that the case is about, in the guest's own page of 1 GB.
-        machine
-            .ram
-            .write_u64(crate::modes::PDPT + 8, (4 * HUGE) | 0xe7);
-        region.set(offset, 0x21);
-        machine.set(|state| {
-            state.rip = machine.mode.entry();
-            state.rdi = HUGE + offset;
-        })?;
-        let exit = machine.run()?;
-        ensure!(exit == Exit::Halt, "{exit:?} at {offset:#x}");
-        same!(
-            (machine.regs()?.rax, region.get(offset)),
-            (0x21, 0x22_0000_0021),
-            "both sides at {offset:#x}"
-        );
-    }
-    let host = Host {
-        machine,
-        region,
-        gpa: 4 * HUGE,
-    };
-    let counters = host.finish()?;
-    same!(counters.leaves[2], 1, "leaves of 1 GB");
-    same!(counters.leaves[1], 0, "leaves of 2 MB");
-    Ok(())
-}
-
-/// One page given back in the middle of large ones, and the hole closed again.
-fn large_page_split_and_collapsed() -> Outcome {
-    borrowed_only!();
-    const MADV_COLLAPSE: i32 = 25;
-    let _setting = large_pages()?;
-    let host = Host::buffer()?;
-    host.region.advise(0, BUFFER, libc::MADV_HUGEPAGE)?;
-    host.both_sides(3, || Ok(()))?;
-    for large in 0..BUFFER / LARGE {
-        host.region
-            .advise(large * LARGE + 7 * PAGE, PAGE, libc::MADV_DONTNEED)?;
-    }
-    let zero = Pattern { first: 0, step: 0 };
-    for large in 0..BUFFER / LARGE {
-        let hole = large * LARGE + 7 * PAGE;
-        for offset in (hole..hole + PAGE).step_by(8) {
-            same!(host.region.get(offset), 0, "the hole");
-        }
-    }
-    host.region.fill(zero);
-    host.sweep(zero, pattern(4))?;
-    host.region.check(pattern(4))?;
-    host.region.advise(0, BUFFER, MADV_COLLAPSE)?;
-    host.sweep(pattern(4), pattern(5))?;
-    host.region.check(pattern(5))?;
-    let counters = host.finish()?;
-    ensure!(
-        counters.leaves[1] == BUFFER / LARGE,
-        "not large again: {counters:?}"
-    );
-    ensure!(counters.flushes >= BUFFER / LARGE, "{counters:?}");
-    Ok(())
-}
 
 /// The whole buffer goes to a swap device, though the guest has it mapped.
 fn swapped_out() -> Outcome {
     borrowed_only!();
     let _swap = Swap::on("/dev/ram0")?;
-    let host = Host::buffer()?;
+    let host = Swept::buffer()?;
     host.both_sides(6, || {
+        // The first time a kernel may leave what the guest has just used, and count it as unused.
+        host.region.advise(0, BUFFER, libc::MADV_PAGEOUT)?;
         host.region.advise(0, BUFFER, libc::MADV_PAGEOUT)?;
         let pages = host.region.pages()?;
         let swapped = pages.iter().filter(|page| page.is_swapped()).count();
@@ -366,7 +68,7 @@ fn disturbed(
 fn swapped_out_while_it_runs() -> Outcome {
     borrowed_only!();
     let _swap = Swap::on("/dev/ram0")?;
-    let host = Host::buffer()?;
+    let host = Swept::buffer()?;
     let piece = std::sync::atomic::AtomicU64::new(0);
     let count = disturbed(
         || {
@@ -386,7 +88,7 @@ fn merged() -> Outcome {
     const KSM: &str = "/sys/kernel/mm/ksm/run";
     let _scan = Setting::new("/sys/kernel/mm/ksm/pages_to_scan", "4096")?;
     let _sleep = Setting::new("/sys/kernel/mm/ksm/sleep_millisecs", "0")?;
-    let host = Host::new(Region::new(LARGE)?, GPA)?;
+    let host = Swept::new(Region::new(LARGE)?, GPA)?;
     let same = |value| Pattern {
         first: value,
         step: 0,
@@ -430,7 +132,7 @@ fn merged() -> Outcome {
 /// The kernel moves pages to other frames while the guest runs.
 fn compacted() -> Outcome {
     borrowed_only!();
-    let host = Host::buffer()?;
+    let host = Swept::buffer()?;
     // Holes between the pages: only pages in 2 MB that are free in part are moved, and only to such.
     let filler = Region::new(4 * BUFFER)?;
     for page in 0..BUFFER / PAGE {
@@ -454,4 +156,80 @@ fn compacted() -> Outcome {
         .count();
     ensure!(moved != 0, "compaction ran {count} times and moved nothing");
     Ok(())
+}
+
+/// A control group for this process's memory, until it is dropped.
+struct MemoryGroup;
+
+impl MemoryGroup {
+    const ROOT: &'static str = "/control";
+    const GROUP: &'static str = "/control/aging";
+
+    fn join() -> Result<Self> {
+        fs::create_dir_all(Self::ROOT)?;
+        crate::region::mount_control_groups(Path::new(Self::ROOT))?;
+        let group = Self;
+        fs::write("/control/cgroup.subtree_control", "+memory").context("memory controller")?;
+        fs::create_dir_all(Self::GROUP)?;
+        fs::write("/control/aging/cgroup.procs", "0").context("joining")?;
+        Ok(group)
+    }
+
+    /// Has the kernel reclaim about so many bytes of the group, in the way it does when memory is short.
+    fn reclaim(bytes: u64) {
+        // It fails where it has found less.
+        drop(fs::write(
+            "/control/aging/memory.reclaim",
+            bytes.to_string(),
+        ));
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        // What is still charged to the group keeps it in existence; nobody else uses it.
+        drop(fs::write("/control/cgroup.procs", "0"));
+        drop(fs::remove_dir(Self::GROUP));
+        crate::region::unmount(Path::new(Self::ROOT));
+    }
+}
+
+/// Memory gets short: what the guest uses all the time stays, what it has used once goes. The client uses none of
+/// it, so that only the driver can tell the kernel which is which.
+fn what_the_guest_uses_stays() -> Outcome {
+    borrowed_only!();
+    const HOT: u64 = BUFFER / 4;
+    let _swap = Swap::on("/dev/ram0")?;
+    let group = MemoryGroup::join()?;
+    let host = Swept::buffer()?;
+    let zero = Pattern { first: 0, step: 0 };
+    host.sweep(zero, pattern(12))?;
+    let swapped = || -> Result<(usize, usize)> {
+        let pages = host.region.pages()?;
+        let (hot, cold) = pages.split_at((HOT / PAGE) as usize);
+        let count = |pages: &[crate::region::PageState]| {
+            pages.iter().filter(|page| page.is_swapped()).count()
+        };
+        Ok((count(hot), count(cold)))
+    };
+    // Pages that are new count as used. The first reclaim finds that so, and what it takes is no matter.
+    MemoryGroup::reclaim(PAGE * 16);
+    let (mut lost, mut gone, mut rounds) = (0, 0, 0);
+    while gone < (BUFFER - HOT) / PAGE / 2 {
+        host.sweep_start(HOT, pattern(12), pattern(12))?;
+        MemoryGroup::reclaim(PAGE * 64);
+        let (hot, cold) = swapped()?;
+        (lost, gone, rounds) = (lost + hot as u64, cold as u64, rounds + 1);
+        ensure!(rounds < 100, "only {gone} pages are swapped out");
+    }
+    println!(
+        "  {rounds} reclaims: {gone} pages swapped out that were used once, {lost} of those in use"
+    );
+    ensure!(
+        lost * 50 <= gone,
+        "{lost} pages in use were swapped out beside {gone} others"
+    );
+    drop(group);
+    host.sweep(pattern(12), pattern(13))?;
+    host.region.check(pattern(13))
 }

@@ -46,6 +46,7 @@ mod interrupts;
 mod lifecycle;
 mod memory_changes;
 mod memory_crowd;
+mod memory_leaves;
 mod memory_pressure;
 mod mmio;
 mod mmio_edges;
@@ -201,6 +202,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "memory_crowd",
         cases: memory_crowd::CASES,
+    },
+    Group {
+        name: "memory_leaves",
+        cases: memory_leaves::CASES,
     },
     Group {
         name: "memory_pressure",

@@ -17,7 +17,7 @@ use crate::arch::ept::{
     ADDRESS_MASK, EPTP_ACCESSED_DIRTY, EPTP_WALK_4, EPTP_WB, EptEntry, EptVpidCaps, LEAF_WB,
 };
 use crate::fallible::NoMemory;
-use crate::host::{Host, PresentPage};
+use crate::host::{Aging, Host, PresentPage};
 
 use super::Access;
 use super::around::Streams;
@@ -94,7 +94,7 @@ pub(super) enum Install {
     /// It is there.
     Done,
     /// Something else is mapped in `start..end`, which must be cleared and
-    /// flushed first (SDM 29.4.3.3 "Guidelines for Use of the INVEPT
+    /// flushed first (SDM 29.4.3.4 "Guidelines for Use of the INVEPT
     /// Instruction": an entry is not changed from one page size or address to
     /// another under a processor that may use both).
     Conflict { start: u64, end: u64 },
@@ -273,30 +273,56 @@ impl<H: Host> Ept<H> {
         }
     }
 
-    /// The leaf that translates `gpa`, and its size; or how many tables are
-    /// missing on the way to a 4 KB leaf.
-    pub(super) fn lookup(&self, gpa: Gpa) -> Result<(EptEntry, LeafSize), u32> {
+    /// The lowest entry on the way to the 4 KB page at `gpa`: its table, its index
+    /// there, and the table's level.
+    fn lowest(&self, gpa: u64) -> (&Table<H>, usize, u32) {
         let mut table = &self.root;
         let mut level = ROOT_LEVEL;
         loop {
-            let index = index_of(gpa.0, level);
-            if let Some(Some(child)) = table.children.get(index) {
-                table = child;
-                level = level.wrapping_sub(1);
-                continue;
-            }
-            let entry = table.get(index);
-            let size = match level {
-                1 => LeafSize::Small,
-                2 => LeafSize::Large,
-                _ => LeafSize::Huge,
+            let index = index_of(gpa, level);
+            let Some(Some(child)) = table.children.get(index) else {
+                return (table, index, level);
             };
-            return if entry == 0 {
-                Err(level.wrapping_sub(1))
-            } else {
-                Ok((EptEntry::from_bits_retain(entry), size))
-            };
+            table = child;
+            level = level.wrapping_sub(1);
         }
+    }
+
+    /// The leaf that translates `gpa`, and its size; or how many tables are
+    /// missing on the way to a 4 KB leaf.
+    pub(super) fn lookup(&self, gpa: Gpa) -> Result<(EptEntry, LeafSize), u32> {
+        let (table, index, level) = self.lowest(gpa.0);
+        let size = match level {
+            1 => LeafSize::Small,
+            2 => LeafSize::Large,
+            _ => LeafSize::Huge,
+        };
+        match table.get(index) {
+            0 => Err(level.wrapping_sub(1)),
+            entry => Ok((EptEntry::from_bits_retain(entry), size)),
+        }
+    }
+
+    /// Whether a leaf of an address in `start..end` has been used; unless `aging`
+    /// is to look only, it then counts as unused. Without `flagging` a leaf that
+    /// is there counts as used.
+    pub(super) fn age(&self, start: u64, end: u64, aging: Aging, flagging: bool) -> bool {
+        let mut young = false;
+        let mut gpa = start;
+        while gpa < end {
+            let (table, index, level) = self.lowest(gpa);
+            let entry = EptEntry::from_bits_retain(table.get(index));
+            if !entry.is_empty() && (!flagging || entry.contains(EptEntry::ACCESSED)) {
+                young = true;
+                if aging == Aging::Look {
+                    break;
+                }
+                table.remove_flag(index, EptEntry::ACCESSED.bits());
+            }
+            let bytes = 1u64.wrapping_shl(shift_of(level));
+            gpa = (gpa & bytes.wrapping_neg()).wrapping_add(bytes);
+        }
+        young
     }
 
     /// Whether the tables already allow `access` at `gpa`.
@@ -424,8 +450,9 @@ fn write_leaf<H: Host>(table: &mut Table<H>, gpa: Gpa, leaf: Leaf, counters: &Co
     }
     // The same page with more rights: a processor that still has the old
     // translation faults, and that drops it (SDM 29.4.3.1). Rights that the
-    // entry has already stay: taking them away would need a flush.
-    table.set(index, old | new);
+    // entry has already stay: taking them away would need a flush. So do the
+    // flags that the processor sets meanwhile.
+    table.add_flags(index, new);
     Install::Done
 }
 

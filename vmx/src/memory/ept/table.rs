@@ -78,6 +78,16 @@ impl<H: Host> Table<H> {
         self.entry(index).store(value, Ordering::Release);
     }
 
+    /// Sets bits of entry `index`.
+    pub(super) fn add_flags(&self, index: usize, flags: u64) {
+        self.entry(index).fetch_or(flags, Ordering::AcqRel);
+    }
+
+    /// Clears bits of entry `index`.
+    pub(super) fn remove_flag(&self, index: usize, flag: u64) {
+        self.entry(index).fetch_and(!flag, Ordering::AcqRel);
+    }
+
     /// Zeroes entry `index` and returns what it was, with the flags that the
     /// processor set until then.
     pub(super) fn clear(&self, index: usize) -> u64 {

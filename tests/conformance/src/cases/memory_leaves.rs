@@ -1,0 +1,140 @@
+//! The driver uses the large pages that the host has, and gets along with small ones.
+
+use std::fs;
+
+use anyhow::ensure;
+
+use super::{Case, Outcome};
+use crate::exit::Exit;
+use crate::guest;
+use crate::machine::Machine;
+use crate::modes::Mode;
+use crate::region::{HUGE, LARGE, PAGE, Pattern, Region};
+use crate::swept::{BUFFER, GPA, Swept, large_pages, pattern};
+
+pub const CASES: &[Case] = &[
+    case!(small_leaves),
+    case!(large_leaves),
+    case!(huge_leaf),
+    case!(large_page_split_and_collapsed),
+];
+
+/// Pages in 4 KB: the tables take at most 0.3 % of guest RAM.
+fn small_leaves() -> Outcome {
+    const SIZE: u64 = 16 << 20;
+    let host = Swept::new(Region::new(SIZE)?, GPA)?;
+    let zero = Pattern { first: 0, step: 0 };
+    host.sweep(zero, pattern(1))?;
+    host.region.check(pattern(1))?;
+    let counters = host.finish()?;
+    ensure!(counters.leaves[0] >= SIZE / PAGE, "{counters:?}");
+    ensure!(
+        counters.leaves[1] == 0 && counters.leaves[2] == 0,
+        "{counters:?}"
+    );
+    ensure!(
+        counters.tables * PAGE * 1000 <= SIZE * 3,
+        "more than 0.3 %: {counters:?}"
+    );
+    Ok(())
+}
+
+/// Pages in 2 MB: no table below the directory, which serves a whole gigabyte: 0.01 % of it at most.
+fn large_leaves() -> Outcome {
+    let _setting = large_pages()?;
+    let host = Swept::buffer()?;
+    host.region.advise(0, BUFFER, libc::MADV_HUGEPAGE)?;
+    host.both_sides(2, || Ok(()))?;
+    let counters = host.finish()?;
+    ensure!(counters.leaves[1] == BUFFER / LARGE, "{counters:?}");
+    // Those of the first two megabytes, where pages are small.
+    ensure!(
+        counters.leaves[0] <= 512 && counters.leaves[2] == 0,
+        "{counters:?}"
+    );
+    ensure!(
+        counters.tables * PAGE * 10_000 <= HUGE,
+        "more than 0.01 %: {counters:?}"
+    );
+    Ok(())
+}
+
+/// A page of 1 GB, where the host has one to give.
+fn huge_leaf() -> Outcome {
+    borrowed_only!();
+    let pages = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages");
+    if !matches!(pages.as_deref().map(str::trim), Ok(count) if count != "0") {
+        println!("  no page of 1 GB: huge_leaf has nothing to show");
+        return Ok(());
+    }
+    // The guest's tables reach one gigabyte: its second half is mapped where the first one is, too.
+    let machine = Machine::new(
+        Mode::Long,
+        guest!(64: "mov eax, [rdi]", "mov dword ptr [rdi + 4], 0x22", "hlt"),
+    )?;
+    let region = Region::huge()?;
+    machine.vm.add_ramblock(region.address(), HUGE)?;
+    machine.vm.set_ram2(4 * HUGE, HUGE, 0, region.address())?;
+    for offset in [0, HUGE / 2 + 0x1234_5678, HUGE - PAGE] {
+        let offset = offset & !7;
+        // Linear 1 GB: the page that the case is about, in the guest's own page of 1 GB.
+        machine
+            .ram
+            .write_u64(crate::modes::PDPT + 8, (4 * HUGE) | 0xe7);
+        region.set(offset, 0x21);
+        machine.set(|state| {
+            state.rip = machine.mode.entry();
+            state.rdi = HUGE + offset;
+        })?;
+        let exit = machine.run()?;
+        ensure!(exit == Exit::Halt, "{exit:?} at {offset:#x}");
+        same!(
+            (machine.regs()?.rax, region.get(offset)),
+            (0x21, 0x22_0000_0021),
+            "both sides at {offset:#x}"
+        );
+    }
+    let host = Swept {
+        machine,
+        region,
+        gpa: 4 * HUGE,
+    };
+    let counters = host.finish()?;
+    same!(counters.leaves[2], 1, "leaves of 1 GB");
+    same!(counters.leaves[1], 0, "leaves of 2 MB");
+    Ok(())
+}
+
+/// One page given back in the middle of large ones, and the hole closed again.
+fn large_page_split_and_collapsed() -> Outcome {
+    borrowed_only!();
+    const MADV_COLLAPSE: i32 = 25;
+    let _setting = large_pages()?;
+    let host = Swept::buffer()?;
+    host.region.advise(0, BUFFER, libc::MADV_HUGEPAGE)?;
+    host.both_sides(3, || Ok(()))?;
+    for large in 0..BUFFER / LARGE {
+        host.region
+            .advise(large * LARGE + 7 * PAGE, PAGE, libc::MADV_DONTNEED)?;
+    }
+    let zero = Pattern { first: 0, step: 0 };
+    for large in 0..BUFFER / LARGE {
+        let hole = large * LARGE + 7 * PAGE;
+        for offset in (hole..hole + PAGE).step_by(8) {
+            same!(host.region.get(offset), 0, "the hole");
+        }
+    }
+    host.region.fill(zero);
+    host.sweep(zero, pattern(4))?;
+    host.region.check(pattern(4))?;
+    host.region.advise(0, BUFFER, MADV_COLLAPSE)?;
+    host.sweep(pattern(4), pattern(5))?;
+    host.region.check(pattern(5))?;
+    let counters = host.finish()?;
+    ensure!(
+        counters.leaves[1] == BUFFER / LARGE,
+        "not large again: {counters:?}"
+    );
+    ensure!(counters.flushes >= BUFFER / LARGE, "{counters:?}");
+    Ok(())
+}
