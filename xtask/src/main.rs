@@ -10,6 +10,7 @@ mod conformance;
 mod guests;
 mod lint;
 mod module;
+mod mutants;
 mod profile;
 mod run;
 mod setup;
@@ -55,6 +56,11 @@ const COMMANDS: &[Command] = &[
         name: "module",
         about: "[--kernel 6.1|6.12|7|DIR]  build haxm.ko",
         run: module::run,
+    },
+    Command {
+        name: "mutants",
+        about: "[--host] [--guest] [--list] [--cases] [NAME...]  break the code on purpose: tests must fail",
+        run: mutants::run,
     },
     Command {
         name: "profile",

@@ -81,7 +81,7 @@ pub(crate) fn build(kernel: &str) -> Result<PathBuf> {
     let object = build_object()?;
     let work = WorkFolder::at(&folder())?;
     let _lock = work.lock(&headers.name)?;
-    build_for(&headers, &object)
+    build_for(&workspace_root(), &headers, &object)
 }
 
 /// [`build`], the same code with line tables, in a folder of its own, for `cargo xtask profile`.
@@ -94,8 +94,23 @@ pub(crate) fn build_with_lines(kernel: &str) -> Result<PathBuf> {
     packages::ensure_packages(NEEDED)?;
     let work = WorkFolder::at(&folder())?;
     let _lock = work.lock(&headers.name)?;
-    let object = compile_object(&work, "-lines", "line-tables-only")?;
-    build_for(&headers, &object)
+    let sources = workspace_root();
+    let object = compile_object(&sources, &work, "-lines", "line-tables-only")?;
+    build_for(&sources, &headers, &object)
+}
+
+/// [`build`] from a copy of the workspace that is broken on purpose, in a folder of its own; the object is not checked.
+///
+/// # Errors
+/// Something is missing or does not build.
+pub(crate) fn build_broken(sources: &Path, kernel: &str) -> Result<PathBuf> {
+    let mut headers = Headers::find(kernel)?;
+    headers.name.push_str("-broken");
+    packages::ensure_packages(NEEDED)?;
+    let work = WorkFolder::at(&folder())?;
+    let _lock = work.lock(&headers.name)?;
+    let object = compile_object(sources, &work, "-broken", "none")?;
+    build_for(sources, &headers, &object)
 }
 
 /// `target/module` of the workspace.
@@ -111,7 +126,7 @@ pub(crate) fn build_object() -> Result<PathBuf> {
     packages::ensure_packages(NEEDED)?;
     let work = WorkFolder::at(&folder())?;
     let _lock = work.lock("object")?;
-    let object = compile_object(&work, "", "none")?;
+    let object = compile_object(&workspace_root(), &work, "", "none")?;
     let report = object::check(&object)?;
     ensure!(
         report.findings.is_empty(),
@@ -123,19 +138,19 @@ pub(crate) fn build_object() -> Result<PathBuf> {
     Ok(object)
 }
 
-/// Compiles the Rust half into one object, unchecked; returns its path. `suffix` tells apart what was
+/// Compiles the Rust half of this workspace into one object, unchecked; returns its path. `suffix` tells apart what was
 /// compiled with different debugging information, `debug` as Cargo names it.
 ///
 /// # Errors
 /// It does not compile.
-fn compile_object(work: &WorkFolder, suffix: &str, debug: &str) -> Result<PathBuf> {
+fn compile_object(sources: &Path, work: &WorkFolder, suffix: &str, debug: &str) -> Result<PathBuf> {
     let compiler = sysroot::Compiler::find()?;
     let sysroot = compiler.sysroot(work)?;
     let target_dir = work.path(&format!("cargo{suffix}"));
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let flags = compiler.flags_of_crates(&sysroot);
     let status = Command::new(cargo)
-        .current_dir(workspace_root())
+        .current_dir(sources)
         .args(["build", "--quiet", "--locked", "--profile", "module"])
         .args(["--package", "haxm-linux", "--target", sysroot::TARGET])
         .env("RUSTC", &compiler.rustc)
@@ -231,11 +246,11 @@ impl Headers {
     }
 }
 
-/// Runs Kbuild over the C half and the object; returns the path of `haxm.ko`.
-fn build_for(headers: &Headers, object: &Path) -> Result<PathBuf> {
+/// Runs Kbuild over the C half of this workspace and the object; returns the path of `haxm.ko`.
+fn build_for(sources: &Path, headers: &Headers, object: &Path) -> Result<PathBuf> {
     let dir = folder().join(&headers.name);
     fs::create_dir_all(&dir)?;
-    let sources = workspace_root().join("driver/linux");
+    let sources = sources.join("driver/linux");
     for file in SHIM {
         replace(&dir.join(file), &fs::read(sources.join(file))?)?;
     }

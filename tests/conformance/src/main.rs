@@ -1,7 +1,7 @@
 //! A client of the ABI that tests the driver through `/dev/HAX`.
 //!
-//! `probe` prints what the driver says of itself; `run [FILTER]` runs the cases whose name contains the
-//! filter; `list` prints their names. It is one static binary, so that it runs in a bare initramfs.
+//! `probe` prints what the driver says of itself; `run [FILTER...]` runs the cases whose name contains one of the
+//! filters; `list` prints their names. It is one static binary, so that it runs in a bare initramfs.
 #![allow(
     clippy::cast_possible_truncation,
     reason = "addresses and sizes of small guests"
@@ -27,17 +27,17 @@ use std::time::Instant;
 
 use cases::{Body, Case, GROUPS};
 
-const USAGE: &str = "usage: haxm-conformance probe | run [FILTER] | list";
+const USAGE: &str = "usage: haxm-conformance probe | run [FILTER...] | list";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["probe"] => probe::run(),
-        ["run"] => run(""),
-        ["run", filter] => run(filter),
+        ["run"] => run(&[""]),
+        ["run", filters @ ..] => run(filters),
         ["list"] => {
-            each("", |group, name, _| println!("{group}/{name}"));
+            each(&[""], |group, name, _| println!("{group}/{name}"));
             ExitCode::SUCCESS
         }
         _ => {
@@ -50,12 +50,13 @@ fn main() -> ExitCode {
 /// A case in one mode, or without one.
 type Attempt = Box<dyn FnOnce() -> cases::Outcome + panic::UnwindSafe>;
 
-/// Calls `with` for each case in each of its modes whose full name contains the filter.
-fn each(filter: &str, mut with: impl FnMut(&str, &str, Attempt)) {
+/// Calls `with` for each case in each of its modes whose full name contains one of the filters.
+fn each(filters: &[&str], mut with: impl FnMut(&str, &str, Attempt)) {
     for group in GROUPS {
         for case in group.cases {
             for (name, attempt) in attempts(case) {
-                if format!("{}/{name}", group.name).contains(filter) {
+                let full = format!("{}/{name}", group.name);
+                if filters.iter().any(|filter| full.contains(filter)) {
                     with(group.name, &name, attempt);
                 }
             }
@@ -83,7 +84,7 @@ struct Count {
     failed: u32,
 }
 
-fn run(filter: &str) -> ExitCode {
+fn run(filters: &[&str]) -> ExitCode {
     let start = Instant::now();
     let mut total = Count::default();
     let mut group = Count::default();
@@ -97,7 +98,7 @@ fn run(filter: &str) -> ExitCode {
             );
         }
     };
-    each(filter, |name, case, attempt| {
+    each(filters, |name, case, attempt| {
         if name != current {
             report(&current, &group);
             name.clone_into(&mut current);

@@ -64,6 +64,7 @@ pub struct Pc {
     modules: Vec<(String, Option<String>)>,
     script: String,
     timeout: Duration,
+    silence: Option<Duration>,
     append: String,
     feature_control: u8,
     ignore_bad_msrs: bool,
@@ -91,6 +92,7 @@ impl Pc {
             modules: Vec::new(),
             script: String::new(),
             timeout: Duration::from_secs(120),
+            silence: None,
             append: String::new(),
             feature_control: firmware::LOCKED_ON,
             ignore_bad_msrs: true,
@@ -165,6 +167,12 @@ impl Pc {
     /// Wall time after which the run is ended.
     pub fn timeout(mut self, limit: Duration) -> Self {
         self.timeout = limit;
+        self
+    }
+
+    /// Wall time without a word on the serial port after which the run is ended.
+    pub fn silence(mut self, limit: Duration) -> Self {
+        self.silence = Some(limit);
         self
     }
 
@@ -386,13 +394,18 @@ impl Pc {
 
         let mut tail = Tail::new(run.path.join("serial.log"));
         let mut timed_out = false;
+        let mut heard = (0, start);
         loop {
             let ended = child.0.try_wait()?.is_some();
             tail.forward(serial)?;
             if ended {
                 break;
             }
-            if start.elapsed() > self.timeout {
+            if tail.seen.len() != heard.0 {
+                heard = (tail.seen.len(), Instant::now());
+            }
+            let is_silent = self.silence.is_some_and(|limit| heard.1.elapsed() > limit);
+            if is_silent || start.elapsed() > self.timeout {
                 timed_out = true;
                 break;
             }

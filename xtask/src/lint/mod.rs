@@ -3,12 +3,12 @@
 //! Each check is a file here with tests that show it fails on bad code and passes on good code.
 
 mod assembly;
-mod finding;
+pub(crate) mod finding;
 mod floors;
 mod length;
 mod names;
 mod paths;
-mod source;
+pub(crate) mod source;
 mod text;
 mod tools;
 mod unsafety;
@@ -22,8 +22,10 @@ use testbed::folder::workspace_root;
 use finding::Finding;
 use source::Files;
 
+use crate::mutants;
+
 const HELP: &str = "usage: cargo xtask lint [--source] [--no-module]
-Checks the code: format, clippy, floors, unsafe, asm!, names, text, length, the module object.
+Checks the code: format, clippy, floors, unsafe, asm!, names, text, length, the list of breaks, the module object.
   --source     only what reads source files
   --no-module  all but the module object, which takes a compiler with its library source";
 
@@ -37,6 +39,7 @@ const SOURCE_CHECKS: &[SourceCheck] = &[
     ("names", names::check),
     ("text", text::check),
     ("length", length::check),
+    ("breaks", mutants::list::check),
 ];
 
 /// A check that runs a tool: its name, and the tool. The error is what is wrong.

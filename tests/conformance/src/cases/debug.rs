@@ -24,6 +24,7 @@ pub const CASES: &[Case] = &[
     case!(debugging_leaves_guest_registers in LONG),
     case!(guest_trap_flag in ALL),
     case!(guest_breakpoint_register in SIZES),
+    case!(breakpoint_set_by_the_guest in SIZES),
     case!(guest_watchpoint in SIZES),
     case!(guest_watchpoint_on_a_device in SIZES),
     case!(guest_watchpoint_in_a_repeated_move in SIZES),
@@ -166,7 +167,8 @@ fn step_hides_nothing_in_flags(mode: Mode) -> Outcome {
 fn step_off(mode: Mode) -> Outcome {
     let machine = stepping(mode, guest!("nop", "nop", "nop", "hlt"))?;
     anyhow::ensure!(matches!(machine.run()?, Exit::Debug { .. }), "no step");
-    machine.vcpu.set_debug(0, [0; 8])?;
+    // Without ENABLE the rest of the control word is nothing.
+    machine.vcpu.set_debug(STEP, [0; 8])?;
     machine.expect(&[halt()])
 }
 
@@ -306,6 +308,8 @@ fn guest_breakpoint_register(mode: Mode) -> Outcome {
     machine.set(|state| {
         state.dr2 = CODE + 2;
         state.dr7 = 0x400 | 1 << 4;
+        // Of an earlier one, which goes.
+        state.dr6 = 0xffff_0ff1;
     })?;
     machine.expect(&[fault(1)])?;
     same!(
@@ -314,6 +318,45 @@ fn guest_breakpoint_register(mode: Mode) -> Outcome {
         "RIP in the frame"
     );
     same!(machine.regs()?.dr6 & 0xf, 4, "DR6");
+    Ok(())
+}
+
+/// The same by its own MOV to DR0 and DR7.
+fn breakpoint_set_by_the_guest(mode: Mode) -> Outcome {
+    let code = crate::code::Code {
+        bits16: crate::blob!(
+            ".code16",
+            "mov dr0, esi",
+            "mov eax, 0x402",
+            "mov dr7, eax",
+            "jmp si"
+        ),
+        bits32: crate::blob!(
+            ".code32",
+            "mov dr0, esi",
+            "mov eax, 0x402",
+            "mov dr7, eax",
+            "jmp esi"
+        ),
+        bits64: crate::blob!(
+            ".code64",
+            "mov dr0, rsi",
+            "mov eax, 0x402",
+            "mov dr7, rax",
+            "jmp rsi"
+        ),
+    };
+    let machine = Machine::new(mode, code)?;
+    // The low half of the linear address is the offset in real mode's segment.
+    machine.ram.write(CODE + 0x20, &[0xf4]);
+    machine.set(|state| state.rsi = CODE + 0x20)?;
+    machine.expect(&[fault(1)])?;
+    same!(
+        machine.frame_rip(false)?,
+        mode.entry() + 0x20,
+        "RIP in the frame"
+    );
+    same!(machine.regs()?.dr6 & 0xf, 1, "DR6");
     Ok(())
 }
 
