@@ -168,6 +168,12 @@ impl Caps {
         self.secondary.contains(Secondary::UNRESTRICTED_GUEST)
     }
 
+    /// MOV CR8 works on a byte of memory.
+    #[must_use]
+    pub const fn has_tpr_shadow(&self) -> bool {
+        self.primary.contains(Primary::USE_TPR_SHADOW)
+    }
+
     /// TLB entries are tagged.
     #[must_use]
     pub const fn has_vpid(&self) -> bool {
@@ -188,17 +194,22 @@ const PRIMARY: Wanted = Wanted {
         | Primary::HLT_EXITING.bits()
         | Primary::MWAIT_EXITING.bits()
         | Primary::RDPMC_EXITING.bits()
-        | Primary::CR8_LOAD_EXITING.bits()
-        | Primary::CR8_STORE_EXITING.bits()
         | Primary::MOV_DR_EXITING.bits()
         | Primary::UNCONDITIONAL_IO_EXITING.bits()
         | Primary::USE_MSR_BITMAPS.bits()
         | Primary::MONITOR_EXITING.bits(),
-    optional: Primary::ACTIVATE_SECONDARY.bits(),
+    optional: Primary::ACTIVATE_SECONDARY.bits() | Primary::USE_TPR_SHADOW.bits(),
     forbidden: Primary::RDTSC_EXITING.bits()
         | Primary::INVLPG_EXITING.bits()
-        | Primary::USE_TPR_SHADOW.bits()
         | Primary::MONITOR_TRAP_FLAG.bits(),
+};
+
+/// The same where CR8 has no shadow.
+const PRIMARY_WITHOUT_SHADOW: Wanted = Wanted {
+    required: PRIMARY.required
+        | Primary::CR8_LOAD_EXITING.bits()
+        | Primary::CR8_STORE_EXITING.bits(),
+    ..PRIMARY
 };
 
 /// Secondary controls that are never 1, by bit: SDM 25.6.2, table 25-7. The
@@ -350,7 +361,12 @@ pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
         msr::IA32_VMX_TRUE_PINBASED_CTLS,
     );
     let pin = settle(&PIN, pin_caps)?;
-    let primary = Primary::from_bits_retain(settle(&PRIMARY, primary_caps)?);
+    let wanted = if primary_caps.allowed() & Primary::USE_TPR_SHADOW.bits() != 0 {
+        &PRIMARY
+    } else {
+        &PRIMARY_WITHOUT_SHADOW
+    };
+    let primary = Primary::from_bits_retain(settle(wanted, primary_caps)?);
     let exit_caps = word(msr::IA32_VMX_EXIT_CTLS, msr::IA32_VMX_TRUE_EXIT_CTLS);
     let exit = settle(&EXIT, exit_caps)?;
     let entry_caps = word(msr::IA32_VMX_ENTRY_CTLS, msr::IA32_VMX_TRUE_ENTRY_CTLS);

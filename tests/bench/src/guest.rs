@@ -1,6 +1,6 @@
 //! Guests: where things are in their memory, and their code.
 //!
-//! All run in flat 32-bit protected mode without paging.
+//! All start in flat 32-bit protected mode without paging.
 
 use anyhow::Result;
 
@@ -11,7 +11,7 @@ use crate::ram::Ram;
 pub const GDT: u64 = 0x1000;
 pub const IDT: u64 = 0x2000;
 /// Bytes of the tables, less one.
-pub const GDT_LIMIT: u16 = 0x17;
+pub const GDT_LIMIT: u16 = 0x1f;
 pub const IDT_LIMIT: u16 = 0x7ff;
 /// Selectors.
 pub const CODE_SELECTOR: u16 = 0x08;
@@ -75,11 +75,37 @@ macro_rules! code {
 }
 
 /// A guest that measures one piece of code 1024 times by itself. The code may use all registers but ESI, EDI, EBP,
-/// and EBX is its own.
+/// and EBX is its own. With `64:` it is 64-bit code, and needs [`Guest::write_page_tables`].
 #[macro_export]
 macro_rules! measured {
-    ($($line:literal),* $(,)?) => {
+    (64: $($line:literal),* $(,)?) => {
+        $crate::measured!(@
+            [
+                "mov eax, cr4",
+                "or eax, 0x20",
+                "mov cr4, eax",
+                "mov eax, 0x3000",
+                "mov cr3, eax",
+                "mov ecx, 0xc0000080",
+                "rdmsr",
+                "or eax, 0x100",
+                "wrmsr",
+                "mov eax, cr0",
+                "or eax, 0x80000000",
+                "mov cr0, eax",
+                "push 0x18",
+                ".byte 0x68",
+                ".long 0x10000 + (3f - 772b)",
+                "retf",
+                ".code64",
+                "3:",
+            ]
+            $($line),*
+        )
+    };
+    (@ [$($start:literal),* $(,)?] $($line:literal),*) => {
         $crate::code!(
+            $($start,)*
             "mov edi, 0x100000",
             "mov ebp, 1024",
             "mov ebx, 0x400000",
@@ -99,6 +125,9 @@ macro_rules! measured {
             "hlt",
         )
     };
+    ($($line:literal),* $(,)?) => {
+        $crate::measured!(@ [] $($line),*)
+    };
 }
 
 /// A VM with its memory and a vCPU at the first instruction. Dropped in this order.
@@ -113,9 +142,14 @@ impl<A: Api> Guest<A> {
         let vm = api.create_vm()?;
         ram.write(CODE, code);
         ram.touch(RESULTS, 4096);
-        for (index, descriptor) in [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff_u64]
-            .iter()
-            .enumerate()
+        for (index, descriptor) in [
+            0,
+            0x00cf_9b00_0000_ffff,
+            0x00cf_9300_0000_ffff,
+            0x00af_9b00_0000_ffff_u64,
+        ]
+        .iter()
+        .enumerate()
         {
             ram.write(GDT + 8 * index as u64, &descriptor.to_le_bytes());
         }
@@ -129,6 +163,17 @@ impl<A: Api> Guest<A> {
         let vcpu = vm.create_vcpu(0)?;
         vcpu.start()?;
         Ok(Self { vcpu, vm, ram })
+    }
+
+    /// Page tables for 64-bit code: all memory, one to one, in 2 MB pages.
+    pub fn write_page_tables(&self) {
+        const PML4: u64 = 0x3000;
+        let entry = |at: u64, value: u64| self.ram.write(at, &value.to_le_bytes());
+        entry(PML4, (PML4 + 0x1000) | 3);
+        entry(PML4 + 0x1000, (PML4 + 0x2000) | 3);
+        for page in 0..RAM_SIZE >> 21 {
+            entry(PML4 + 0x2000 + page * 8, page << 21 | 0x83);
+        }
     }
 
     /// Enters until the guest has something to say.

@@ -8,7 +8,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use anyhow::{Context, Result, ensure};
 use kvm_bindings::{
     CpuId, KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO,
-    KVM_MAX_CPUID_ENTRIES, kvm_interrupt, kvm_run, kvm_segment, kvm_userspace_memory_region,
+    KVM_EXIT_SET_TPR, KVM_MAX_CPUID_ENTRIES, kvm_interrupt, kvm_run, kvm_segment,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
@@ -182,7 +183,8 @@ impl Vcpu for KvmVcpu {
                 }
             }
             KVM_EXIT_HLT => Exit::Halt,
-            KVM_EXIT_INTR => Exit::Again,
+            // A lowered CR8 is its client's business too, which has nothing to do here.
+            KVM_EXIT_INTR | KVM_EXIT_SET_TPR => Exit::Again,
             other => Exit::Other(other),
         }
     }

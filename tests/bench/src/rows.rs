@@ -19,7 +19,7 @@ pub(crate) type Row<A> = (&'static str, fn(&A) -> Result<()>);
 /// Measures all rows whose group's name contains one of the filter's words, which commas separate; returns how many
 /// could not be.
 pub fn all<A: Api>(filter: &str) -> u32 {
-    let rows: [Row<A>; 18] = [
+    let rows: [Row<A>; 19] = [
         ("null", null),
         ("out", out),
         ("in", input),
@@ -32,6 +32,7 @@ pub fn all<A: Api>(filter: &str) -> u32 {
         ("cpuid", cpuid),
         ("msr", msr),
         ("cr", control_registers),
+        ("cr8", task_priority),
         ("create_vm", create_vm),
         ("create_vcpu", create_vcpu),
         ("growth_vcpus", growth::vcpus),
@@ -296,6 +297,16 @@ fn control_registers<A: Api>(api: &A) -> Result<()> {
         "cr4_pae",
         measured!("mov eax, cr4", "xor eax, 0x20", "mov cr4, eax"),
     )
+}
+
+/// As 64-bit Windows raises and lowers its IRQL.
+fn task_priority<A: Api>(api: &A) -> Result<()> {
+    let code = measured!(
+        64: "mov rcx, cr8", "mov eax, 13", "mov cr8, rax", "mov cr8, rcx",
+    );
+    let guest = guest(api, code)?;
+    guest.write_page_tables();
+    inside_of(&guest, "cr8")
 }
 
 /// A VM beside another one, and its end.

@@ -393,13 +393,49 @@ impl Guest<'_> {
                 Ok(())
             }
             8 if self.primary(19) => Err(exit),
-            8 if self.primary(21) => Ok(()),
+            8 if self.primary(21) => self.write_vtpr(value),
             8 => {
                 self.finding("the guest writes the host's CR8".into());
                 Ok(())
             }
             _ => Err(UD),
         }
+    }
+
+    /// Where VTPR is, SDM 30.1.1 "Virtualized APIC Registers".
+    fn vtpr_address(&self) -> u64 {
+        self.field(0x2012) + 0x80
+    }
+
+    /// The byte of VTPR that MOV CR8 uses.
+    fn vtpr(&self) -> u8 {
+        let mut byte = [0];
+        let at = self.vtpr_address();
+        if !self.inner.state().memory.read(at, &mut byte) {
+            self.finding(format!("VTPR at {at:#x} is not memory"));
+        }
+        byte[0]
+    }
+
+    /// MOV to CR8 with a TPR shadow, SDM 30.3 "Virtualizing CR8-Based TPR
+    /// Accesses"; the exit comes behind the instruction (30.1.2).
+    fn write_vtpr(&mut self, value: u64) -> Result<(), Stop> {
+        if value > 0xf {
+            return Err(GP);
+        }
+        let (at, tpr) = (self.vtpr_address(), (value as u32) << 4);
+        if !self.inner.state().memory.write(at, &tpr.to_le_bytes()) {
+            self.finding(format!("VTPR at {at:#x} is not memory"));
+        }
+        if value >= self.field(0x401c) & 0xf {
+            return Ok(());
+        }
+        self.set_field(0x681e, self.rip().wrapping_add(self.length));
+        self.set_field(0x4824, self.field(0x4824) & !3);
+        Err(Stop::Exit(ExitInfo {
+            reason: 43,
+            ..ExitInfo::default()
+        }))
     }
 
     /// A bit that the guest owns but may not have: #GP, SDM 26.3.
@@ -431,7 +467,11 @@ impl Guest<'_> {
                 self.field(0x6804) & !mask | self.field(0x6006) & mask
             }
             8 if self.primary(20) => return Err(exit),
-            8 => 0,
+            8 if self.primary(21) => u64::from(self.vtpr() >> 4),
+            8 => {
+                self.finding("the guest reads the host's CR8".into());
+                0
+            }
             _ => return Err(UD),
         };
         self.set_register(gpr, value);

@@ -330,6 +330,20 @@ impl Profile {
         this
     }
 
+    /// A Haswell under a hypervisor that has no virtual APIC page for its guests:
+    /// MOV CR8 exits.
+    #[must_use]
+    pub fn no_tpr_shadow() -> Self {
+        let mut this = Self::haswell();
+        this.name = "no_tpr_shadow";
+        for msr in [0x482, 0x48e] {
+            if let Some(value) = this.msrs.get_mut(&msr) {
+                *value &= !(1 << (32 + 21));
+            }
+        }
+        this
+    }
+
     /// A processor without VMX: no CPUID bit, none of its MSRs.
     #[must_use]
     pub fn no_vmx() -> Self {
@@ -412,6 +426,7 @@ impl Profile {
             Self::no_unrestricted_guest(),
             Self::odd_required_bits(),
             Self::no_vpid(),
+            Self::no_tpr_shadow(),
         ]
     }
 

@@ -10,7 +10,7 @@ use sim::{Check, Profile, Stage};
 use vmx::host::Host;
 use vmx::vcpu::entry_checks::first_violated;
 
-use states::{Change, INFO, apply, bad, bad_on_skylake, good};
+use states::{Change, INFO, To, apply, bad, bad_on_skylake, good};
 
 fn stage(check: Check) -> Stage {
     match check {
@@ -127,6 +127,36 @@ fn the_good_states_enter() {
             rig.machine.entry_failures()
         );
     }
+}
+
+/// SDM 27.2.1.1: the TPR threshold is one class, and not above VTPR's.
+#[test]
+fn the_threshold_is_not_above_the_tpr() {
+    let with_threshold = |threshold, vtpr| {
+        let mut rig = Rig::new(Profile::haswell());
+        rig.poke(rig.spare(0) + 0x80, vtpr);
+        let page = To::Set(rig.spare(0));
+        let shadow = To::Or(1 << 21);
+        let threshold = To::Set(threshold);
+        apply(
+            &rig,
+            &[(0x4002, shadow), (0x2012, page), (0x401c, threshold)],
+        );
+        let entered = rig.enter();
+        let failed = rig
+            .machine
+            .entry_failures()
+            .pop()
+            .map(|failure| failure.checks);
+        (entered, failed)
+    };
+    let refused = (Err(Some(7)), Some(vec![Check::TprThreshold]));
+    assert_eq!(with_threshold(0, 0), (Ok(1), None));
+    assert_eq!(with_threshold(5, 0x50), (Ok(1), None));
+    assert_eq!(with_threshold(15, 0xff), (Ok(1), None));
+    assert_eq!(with_threshold(1, 0x0f), refused);
+    assert_eq!(with_threshold(6, 0x5f), refused);
+    assert_eq!(with_threshold(0x15, 0xf0), refused);
 }
 
 #[test]

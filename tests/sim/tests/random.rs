@@ -121,7 +121,7 @@ fn string_io(r: &mut Random) -> StringIo {
 fn step(r: &mut Random) -> Step {
     let small = usize::try_from(r.below(16)).unwrap();
     let value = r.value();
-    match r.below(26) {
+    match r.below(28) {
         0 => Step::cpuid(u32::try_from(value & 0x8000_00ff).unwrap(), 0),
         1 | 2 => Step::rdmsr(r.pick(MSRS)),
         3 | 4 => Step::wrmsr(r.pick(MSRS), value),
@@ -167,6 +167,7 @@ fn step(r: &mut Random) -> Step {
         22 => Step::host_nmi(),
         23 => Step::exits(r.pick(&[11, 13, 14, 15, 18, 20, 27, 40, 50, 54]), value, 2),
         24 => Step::delivery_access(guest_address(r), Access::Write),
+        25 | 26 => Step::mov_to_cr(8, small, value & 0xf),
         _ => Step::set_gpr(small, value),
     }
 }
@@ -389,8 +390,9 @@ fn without_unrestricted_guest() {
 }
 
 #[test]
-fn without_vpid_and_with_odd_controls() {
+fn without_vpid_or_tpr_shadow_and_with_odd_controls() {
     lives(Profile::no_vpid, false);
+    lives(Profile::no_tpr_shadow, false);
     lives(Profile::odd_required_bits, false);
 }
 

@@ -24,6 +24,8 @@ pub enum Exit {
     TripleFault,
     /// The guest can take an interrupt now.
     InterruptWindow,
+    /// The guest lowered its task priority below the threshold.
+    TprBelowThreshold,
     /// The guest can take an NMI now.
     NmiWindow,
     /// One instruction was executed under the monitor trap flag.
@@ -94,6 +96,7 @@ impl Exit {
             ExitReason::EXTERNAL_INTERRUPT | ExitReason::INIT => Self::ExternalInterrupt,
             ExitReason::TRIPLE_FAULT => Self::TripleFault,
             ExitReason::INTERRUPT_WINDOW => Self::InterruptWindow,
+            ExitReason::TPR_BELOW_THRESHOLD => Self::TprBelowThreshold,
             ExitReason::NMI_WINDOW => Self::NmiWindow,
             ExitReason::TASK_SWITCH => Self::TaskSwitch {
                 qualification: qualification(),

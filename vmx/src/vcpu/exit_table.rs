@@ -65,6 +65,7 @@ impl Answer {
             | ExitReason::WRMSR
             | ExitReason::MONITOR_TRAP_FLAG
             | ExitReason::PAUSE
+            | ExitReason::TPR_BELOW_THRESHOLD
             | ExitReason::EPT_VIOLATION
             | ExitReason::EPT_MISCONFIGURATION
             | ExitReason::XSETBV => Self::Handled,
@@ -101,7 +102,6 @@ impl Answer {
             ExitReason::RDTSC | ExitReason::RDTSCP => {
                 Self::Off(Control::Primary(Primary::RDTSC_EXITING))
             }
-            ExitReason::TPR_BELOW_THRESHOLD => Self::Off(Control::Primary(Primary::USE_TPR_SHADOW)),
             ExitReason::PREEMPTION_TIMER => Self::Off(Control::Pin(Pin::PREEMPTION_TIMER)),
             ExitReason::APIC_ACCESS => Self::Off(Control::Secondary(0)),
             ExitReason::GDTR_IDTR_ACCESS | ExitReason::LDTR_TR_ACCESS => {

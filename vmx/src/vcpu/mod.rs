@@ -30,6 +30,7 @@ mod run;
 mod setup;
 mod state;
 mod switched_msrs;
+mod task_priority;
 mod task_switch;
 mod tunnel;
 mod vmcs;
@@ -48,7 +49,7 @@ use abi::vcpu_state::{FxLayout, VcpuState};
 use crate::Error;
 use crate::arch::exit::ExitReason;
 use crate::arch::field;
-use crate::arch::reg::Interruptibility;
+use crate::arch::reg::{Cr0, Interruptibility};
 use crate::cpu::Cpu;
 use crate::fallible::{NoMemory, Shared, try_box};
 use crate::host::{Host, OwnedPage};
@@ -67,6 +68,7 @@ use msr::MsrStore;
 use pending::PendingVectors;
 use registers::Registers;
 use switched_msrs::SwitchedMsrs;
+use task_priority::TaskPriority;
 use tunnel::Channel;
 use vmcs::Current;
 
@@ -79,8 +81,7 @@ pub struct Inner<H: Host> {
     modes: Modes,
     /// The guest's CR2, which no VMCS field holds.
     cr2: u64,
-    /// The task-priority register as MOV CR8 sees it, 0 to 15.
-    cr8: u8,
+    priority: TaskPriority<H>,
     events: Events,
     extended: Extended<H>,
     switched: SwitchedMsrs,
@@ -174,7 +175,7 @@ impl<H: Host> Inner<H> {
             registers: Registers::new(caps.speculation.how),
             modes: Modes::new(caps, features.allowed_cr4()),
             cr2: 0,
-            cr8: 0,
+            priority: TaskPriority::new(host, caps)?,
             events: Events::default(),
             extended: Extended::new(host)?,
             switched: SwitchedMsrs::new(host),
@@ -264,12 +265,13 @@ impl<H: Host> Vcpu<H> {
 
     /// Writes the whole VMCS for the first time.
     fn initialize(&self) -> Result<(), Error> {
+        let mut inner = self.inner.lock();
         let pointers = setup::Pointers {
             msr_bitmap: self.msr_bitmap.physical(),
+            virtual_apic: inner.priority.page(),
             eptp: self.guest().memory().eptp(),
             vpid: self.vpid(),
         };
-        let mut inner = self.inner.lock();
         self.with_vmcs(&mut inner, |current, inner| {
             setup::write_constant(current, self.guest().caps(), &pointers);
             current.write(field::TSC_OFFSET, inner.tsc_offset);
@@ -311,13 +313,20 @@ impl<H: Host> Vcpu<H> {
         }
     }
 
-    /// SET_REGS. Waits while another thread is in RUN.
+    /// SET_REGS. Waits while another thread is in RUN. Back into real mode is a
+    /// reset or an INIT, which the client has no other way to tell of.
     ///
     /// # Errors
     /// [`Error::Fault`]: the VMCS could not be loaded.
     pub fn set_regs(&self, registers: &VcpuState) -> Result<(), Error> {
         let mut inner = self.inner.lock();
         self.with_vmcs(&mut inner, |current, inner| {
+            let protected = inner.modes.cr0(current) & Cr0::PE.bits() != 0;
+            if protected && registers.cr0 & Cr0::PE.bits() == 0 {
+                // SDM 11.4.7 "Local APIC State": TPR and IRR are 0 after both.
+                inner.priority.set_class(0);
+                self.vectors.clear();
+            }
             state::set(inner, current, registers);
         })
     }

@@ -79,6 +79,14 @@ impl PendingVectors {
         highest_bit(0, low & bit(FIRST_APIC_VECTOR).wrapping_sub(1))
     }
 
+    /// The class, 1 to 15, of the highest vector, if this task priority holds it
+    /// back.
+    #[must_use]
+    pub fn held_back(&self, tpr: u8) -> Option<u8> {
+        let class = self.highest()? >> 4;
+        (class != 0 && class <= tpr >> 4).then_some(class)
+    }
+
     /// No vector waits.
     #[must_use]
     #[inline]
@@ -136,6 +144,8 @@ mod tests {
             for tpr in 0..=255u8 {
                 let expected = (vector / 16 > tpr / 16).then_some(vector);
                 assert_eq!(pending.deliverable(tpr), expected, "{vector:#x} {tpr:#x}");
+                let class = expected.is_none().then_some(vector / 16);
+                assert_eq!(pending.held_back(tpr), class, "{vector:#x} {tpr:#x}");
             }
         }
     }
@@ -146,9 +156,11 @@ mod tests {
         pending.post(8);
         assert_eq!(pending.deliverable(0), Some(8));
         assert_eq!(pending.deliverable(0xf0), Some(8));
+        assert_eq!(pending.held_back(0xf0), None);
         pending.post(0x41);
         assert_eq!(pending.deliverable(0x30), Some(0x41), "the APIC's first");
         assert_eq!(pending.deliverable(0x40), Some(8));
+        assert_eq!(pending.held_back(0x40), Some(4));
         pending.take(8);
         assert_eq!(pending.deliverable(0x40), None);
     }

@@ -277,7 +277,8 @@ impl<H: Host> Vcpu<H> {
     /// event to deliver ([`handle::raise`], a delivery that an exit
     /// interrupted), work outside of the loan (an emulated instruction, PDPTEs,
     /// a task switch), and every request but RUN that loads the VMCS. What the
-    /// client writes at any time is looked at here.
+    /// client writes at any time is looked at here; a TPR threshold goes with a
+    /// vector that waits.
     #[inline(always)]
     fn is_quiet(&self, inner: &Inner<H>) -> bool {
         inner.quiet && !inner.step_due && self.vectors.is_empty() && self.channel.window() == 0
@@ -303,6 +304,8 @@ impl<H: Host> Vcpu<H> {
             return Some(Next::Leave(ExitStatus::RealMode));
         }
         let window = self.inject(inner, current);
+        let held_back = self.vectors.held_back(inner.priority.get());
+        inner.priority.wait_below(current, held_back);
         if inner.events.is_lost() {
             return Some(handle::lost(inner, "triple fault"));
         }
@@ -321,7 +324,7 @@ impl<H: Host> Vcpu<H> {
             let protected = inner.modes.cr0(current) & Cr0::PE.bits() != 0;
             inner.events.inject(current, protected)
         };
-        let tpr = inner.cr8 << 4;
+        let tpr = inner.priority.get();
         let Some(vector) = self.vectors.deliverable(tpr) else {
             return asked;
         };
@@ -350,7 +353,7 @@ impl<H: Host> Vcpu<H> {
     /// priority exceeds the TPR. One that the TPR holds back is in nobody's way: a
     /// higher one must get past it.
     fn is_ready(&self, inner: &mut Inner<H>, current: &Current<'_, H>) -> bool {
-        self.vectors.deliverable(inner.cr8 << 4).is_none()
+        self.vectors.deliverable(inner.priority.get()).is_none()
             && !inner.events.is_waiting()
             && can_interrupt(inner, current)
     }

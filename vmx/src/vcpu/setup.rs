@@ -11,6 +11,8 @@ use crate::host::Host;
 pub struct Pointers {
     /// The MSR bitmap.
     pub msr_bitmap: Hpa,
+    /// The virtual-APIC page, where the processor has a TPR shadow.
+    pub virtual_apic: Option<Hpa>,
     /// The EPT pointer.
     pub eptp: u64,
     /// This vCPU's tag in the TLB, not 0.
@@ -54,6 +56,10 @@ pub fn write_constant<H: Host>(current: &Current<'_, H>, caps: &Caps, pointers: 
     current.write(field::ENTRY_MSR_LOAD_COUNT, 0);
     current.write(field::ENTRY_INTERRUPTION_INFO, 0);
     current.write(field::MSR_BITMAPS, pointers.msr_bitmap.0);
+    if let Some(page) = pointers.virtual_apic {
+        current.write(field::VIRTUAL_APIC_ADDRESS, page.0);
+        current.write(field::TPR_THRESHOLD, 0);
+    }
     // SDM 25.4.2 "Guest Non-Register State": all ones without VMCS shadowing.
     current.write(field::VMCS_LINK_POINTER, u64::MAX);
     if caps.secondary.contains(Secondary::ENABLE_EPT) {

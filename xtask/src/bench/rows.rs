@@ -130,6 +130,7 @@ const GUEST: &[Row] = &[
     row("cr0_cd", "CR0.CD changed").held(),
     row("cr4_pge", "CR4.PGE changed").held(),
     row("cr4_pae", "CR4.PAE changed").held(),
+    row("cr8", "CR8 read, raised and lowered").held(),
 ];
 
 const MEMORY: &[Row] = &[

@@ -43,6 +43,7 @@ mod exceptions;
 mod hlt;
 mod host;
 mod interrupts;
+mod irql;
 mod lifecycle;
 mod memory_changes;
 mod memory_crowd;
@@ -146,6 +147,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "interrupts",
         cases: interrupts::CASES,
+    },
+    Group {
+        name: "irql",
+        cases: irql::CASES,
     },
     Group {
         name: "exceptions",

@@ -33,7 +33,7 @@ pub fn register<H: Host>(
                 0 => inner.modes.cr0(current),
                 3 => current.read(field::GUEST_CR3),
                 4 => inner.modes.cr4(current),
-                _ => u64::from(inner.cr8),
+                _ => u64::from(inner.priority.get() >> 4),
             };
             inner.registers.set(gpr, value);
             Ok(Consequences::default())
@@ -131,7 +131,7 @@ fn write<H: Host>(
         // SDM 11.8.6 "Task Priority in IA-32e Mode": bits 63:4 are reserved.
         _ if value > 0xf => Err(Exception::gp(0)),
         _ => {
-            inner.cr8 = (value & 0xf) as u8;
+            inner.priority.set_class((value & 0xf) as u8);
             Ok(Consequences::default())
         }
     }

@@ -50,7 +50,7 @@ pub fn cpuid<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_
 pub fn halt<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {
     advance(inner, current);
     let wakes = inner.registers.rflags(current) & Rflags::IF.bits() != 0
-        && vcpu.vectors.deliverable(inner.cr8 << 4).is_some();
+        && vcpu.vectors.deliverable(inner.priority.get()).is_some();
     if wakes || inner.events.is_waiting() {
         return Next::Resume;
     }
@@ -60,7 +60,7 @@ pub fn halt<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_,
 /// The guest can take an interrupt: ours if one waits, or the client's.
 /// A vector that the task priority holds back is neither.
 pub fn interrupt_window<H: Host>(vcpu: &Vcpu<H>, inner: &Inner<H>) -> Next {
-    let ours = vcpu.vectors.deliverable(inner.cr8 << 4).is_some();
+    let ours = vcpu.vectors.deliverable(inner.priority.get()).is_some();
     if !ours && vcpu.channel.window() != 0 {
         return Next::Leave(ExitStatus::Interrupt);
     }
