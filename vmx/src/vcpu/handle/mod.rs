@@ -80,12 +80,7 @@ pub fn dispatch<H: Host>(
             })
         }
         Exit::InterruptWindow => system::interrupt_window(vcpu, inner),
-        Exit::TprBelowThreshold => {
-            // The MOV to CR8 is done, and the exit came in the place of the one
-            // that tells of a step: SDM 30.1.2 "TPR Virtualization".
-            inner.step_due = inner.debug.steps();
-            Next::Resume
-        }
+        Exit::TprBelowThreshold => system::tpr_below_threshold(inner),
         Exit::CrAccess(access) => control::register(vcpu, inner, current, access),
         Exit::DrAccess(access) => control::debug_register(vcpu, inner, current, access),
         Exit::Wrmsr => system::wrmsr(vcpu, inner, current),
