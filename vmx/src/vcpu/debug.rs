@@ -31,6 +31,8 @@ pub struct DebugRegisters {
     host_dr6: u64,
     /// The processor has this vCPU's DR0-3.
     loaded: bool,
+    /// See [`DebugRegisters::is_used`].
+    used: bool,
 }
 
 impl Default for DebugRegisters {
@@ -45,6 +47,7 @@ impl Default for DebugRegisters {
             host: [0; 4],
             host_dr6: 0,
             loaded: false,
+            used: false,
         }
     }
 }
@@ -104,7 +107,19 @@ impl DebugRegisters {
             self.client = [d0, d1, d2, d3];
             self.client_dr7 = dr7_fixed(d7);
         }
+        self.changed();
         current.write(field::GUEST_DR7, self.dr7());
+    }
+
+    /// DR7, or who debugs, changed.
+    fn changed(&mut self) {
+        self.used = self.steps() || self.is_watching();
+    }
+
+    /// A breakpoint is enabled, or a client single-steps.
+    #[inline]
+    pub fn is_used(&self) -> bool {
+        self.used
     }
 
     /// The client sets the guest's registers.
@@ -112,6 +127,7 @@ impl DebugRegisters {
         self.guest = breakpoints;
         self.guest_dr6 = dr6_fixed(dr6);
         self.guest_dr7 = dr7_fixed(dr7);
+        self.changed();
     }
 
     /// What the VMCS's DR7 should be.
@@ -216,6 +232,7 @@ impl DebugRegisters {
             4 | 6 => self.guest_dr6 = dr6_fixed(value),
             5 | 7 => {
                 self.guest_dr7 = dr7_fixed(value);
+                self.changed();
                 if !self.is_enabled() {
                     current.write(field::GUEST_DR7, self.guest_dr7);
                 }

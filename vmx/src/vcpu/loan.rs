@@ -114,6 +114,7 @@ impl<H: Host> Vcpu<H> {
         call: impl FnOnce(&Current<'_, H>, &mut Inner<H>) -> R,
     ) -> Result<R, Error> {
         inner.quiet = false;
+        inner.registers.settle_shadow(current);
         let result = call(current, inner);
         inner.registers.flush(current);
         if current.failure().is_some() {

@@ -39,7 +39,7 @@ use crate::Error;
 use crate::arch::addr::{Gpa, Gva, PAGE_SHIFT, PAGE_SIZE};
 use crate::arch::exit::EptQualification;
 use crate::arch::field;
-use crate::arch::reg::{Cr0, Cr4, Interruptibility, Rflags};
+use crate::arch::reg::{Cr0, Cr4, Rflags};
 use crate::arch::segment::AccessRights;
 use crate::emulate::{Code, Compute, Decoded, Gpr, Load, MAX_INSN_LEN, Mode, Plain, Rest, Seg};
 use crate::host::Host;
@@ -62,8 +62,6 @@ struct Touch {
     base: Option<(Seg, u64)>,
     /// RFLAGS.AC is set at privilege level 3.
     may_check_alignment: bool,
-    /// Blocking by STI or MOV SS.
-    shadow: bool,
     /// Nothing was to be done before the last entry: see `Vcpu::is_quiet`.
     quiet: bool,
     paging: Paging,
@@ -79,8 +77,6 @@ struct Unfinished {
     flags: Option<(u64, u64)>,
     gpa: Gpa,
     next_rip: u64,
-    /// See [`Touch`].
-    shadow: bool,
 }
 
 /// The plain instruction under way, and what speeds the next one up.
@@ -166,19 +162,12 @@ fn read<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, qualification: 
     let cpl = rights.dpl();
     let rip = inner.registers.rip(current);
     let flags = Rflags::from_bits_retain(inner.registers.rflags(current));
-    let blocking = current.read(field::GUEST_INTERRUPTIBILITY);
-    let shadows = Interruptibility::STI | Interruptibility::MOV_SS;
-    let shadow = blocking & shadows.bits() != 0;
-    if !shadow {
-        inner.registers.set_no_shadow();
-    }
     let moves = &mut inner.emulation.moves;
     let touch = &mut moves.touch;
     touch.linear = current.read(field::GUEST_LINEAR_ADDRESS);
     touch.write = write;
     touch.rip = rip;
     touch.may_check_alignment = cpl == 3 && flags.contains(Rflags::AC);
-    touch.shadow = shadow;
     if inner.modes.is_long_mode() && rights.contains(AccessRights::LONG) {
         touch.mode = Some(Mode::Bits64);
         touch.code = rip;
@@ -338,13 +327,12 @@ impl<H: Host> Vcpu<H> {
         let value = plain.sent(gpr)?;
         self.channel
             .set_fast_mmio(gpa.0, value, plain.size(), u8::from(store));
-        let (quiet, shadow) = (touch.quiet, touch.shadow);
+        let quiet = touch.quiet;
         inner.emulation.moves.unfinished = Some(Unfinished {
             insn,
             flags: None,
             gpa,
             next_rip: plain.next_rip(touch.rip),
-            shadow,
         });
         // Nothing has changed but what `finish_plain` looks at.
         inner.quiet = quiet;
@@ -384,8 +372,8 @@ impl<H: Host> Vcpu<H> {
         if flags & Rflags::RF.bits() != 0 {
             inner.registers.set_rflags(flags & !Rflags::RF.bits());
         }
-        // Without these `handle::completed` has nothing to do.
-        if unfinished.shadow || flags & Rflags::TF.bits() != 0 || inner.debug.steps() {
+        inner.registers.end_shadow();
+        if flags & Rflags::TF.bits() != 0 || inner.debug.is_used() {
             inner.completed = true;
             inner.quiet = false;
         }

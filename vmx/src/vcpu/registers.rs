@@ -4,7 +4,7 @@
 
 use super::vmcs::Current;
 use crate::arch::field;
-use crate::arch::reg::{Rflags, gpr};
+use crate::arch::reg::{Interruptibility, Rflags, gpr};
 use crate::cpu::GuestRegs;
 use crate::host::Host;
 
@@ -14,6 +14,8 @@ const RFLAGS: u8 = 1 << 2;
 /// There is no shadow of STI or MOV SS: the interruptibility state in the VMCS
 /// need not be read to know that.
 const NO_SHADOW: u8 = 1 << 3;
+/// But there was one perhaps, which has ended, and the VMCS may still have it.
+const STALE_SHADOW: u8 = 1 << 4;
 
 /// The registers of a vCPU, with what is known of those in the VMCS.
 #[derive(Default)]
@@ -22,7 +24,7 @@ pub struct Registers {
     pub general: GuestRegs,
     rip: u64,
     rflags: u64,
-    /// Of RIP, RSP, RFLAGS: the copy is right. And [`NO_SHADOW`].
+    /// Of RIP, RSP, RFLAGS: the copy is right. And [`NO_SHADOW`], [`STALE_SHADOW`].
     known: u8,
     /// The copy is newer than the VMCS.
     changed: u8,
@@ -62,19 +64,45 @@ impl Registers {
         self.changed &= !RIP;
     }
 
-    /// There is no shadow of STI or MOV SS in the VMCS: none was found, or an
-    /// instruction was completed.
+    /// An instruction was completed: a shadow of STI or MOV SS has ended. Whether
+    /// the VMCS has one is not looked at before [`Registers::settle_shadow`].
+    ///
+    /// An entry that finds it there all the same holds back, for one instruction,
+    /// an interrupt that this entry injects (it is refused even), an exit for an
+    /// interrupt window, and debug exceptions: SDM 25.4.2, table 25-3, and 27.3.1.5
+    /// "Checks on Guest Non-Register State". Without any of these nothing tells
+    /// the difference. RFLAGS.IF does not change meanwhile: blocking by STI is not
+    /// allowed without it.
     #[inline]
-    pub fn set_no_shadow(&mut self) {
-        self.known |= NO_SHADOW;
+    pub fn end_shadow(&mut self) {
+        self.known |= NO_SHADOW | STALE_SHADOW;
     }
 
-    /// There is one again, or there may be.
+    /// Sees to it that the VMCS has no shadow that has ended.
+    #[inline]
+    pub fn settle_shadow<H: Host>(&mut self, current: &Current<'_, H>) {
+        if self.known & STALE_SHADOW != 0 {
+            self.remove_shadow(current);
+        }
+    }
+
+    #[inline(never)]
+    fn remove_shadow<H: Host>(&mut self, current: &Current<'_, H>) {
+        let shadows = (Interruptibility::STI | Interruptibility::MOV_SS).bits();
+        let blocking = current.read(field::GUEST_INTERRUPTIBILITY);
+        if blocking & shadows != 0 {
+            current.write(field::GUEST_INTERRUPTIBILITY, blocking & !shadows);
+        }
+        self.known &= !STALE_SHADOW;
+    }
+
+    /// There is a shadow again, or there may be.
     pub fn forget_shadow(&mut self) {
-        self.known &= !NO_SHADOW;
+        self.known &= !(NO_SHADOW | STALE_SHADOW);
     }
 
-    /// See [`Registers::set_no_shadow`]; `false` if it is not known.
+    /// An instruction was completed since the last exit, so there is no shadow of
+    /// STI or MOV SS; `false` if that is not known.
     pub fn has_no_shadow(&self) -> bool {
         self.known & NO_SHADOW != 0
     }

@@ -215,7 +215,15 @@ impl<H: Host> Vcpu<H> {
             }
         };
         self.guest().set_position(self.id(), NOWHERE);
-        let ready = next == Next::Leave(ExitStatus::Hlt) || self.is_ready(inner, current);
+        let ready = match next {
+            Next::Leave(ExitStatus::Hlt) => true,
+            // The client hears of it only if a device is there, and the next RUN
+            // finishes the instruction: a shadow has ended by then.
+            Next::Work(Work::Memory { .. }) => {
+                self.has_nothing_waiting(inner) && has_if(inner, current)
+            }
+            _ => self.has_nothing_waiting(inner) && can_interrupt(inner, current),
+        };
         self.channel.set_ready(u32::from(ready));
         inner.debug.restore(cpu);
         inner.registers.general.on_loan = 0;
@@ -290,6 +298,7 @@ impl<H: Host> Vcpu<H> {
         if core::mem::take(&mut inner.completed) {
             handle::completed(inner, current);
         }
+        inner.registers.settle_shadow(current);
         if core::mem::take(&mut inner.step_due) {
             return Some(handle::exception::stepped(self, inner, current));
         }
@@ -349,13 +358,11 @@ impl<H: Host> Vcpu<H> {
         }
     }
 
-    /// A vector that INTERRUPT queues is delivered at the next entry, if its
-    /// priority exceeds the TPR. One that the TPR holds back is in nobody's way: a
-    /// higher one must get past it.
-    fn is_ready(&self, inner: &mut Inner<H>, current: &Current<'_, H>) -> bool {
-        self.vectors.deliverable(inner.priority.get()).is_none()
-            && !inner.events.is_waiting()
-            && can_interrupt(inner, current)
+    /// A vector that INTERRUPT queues is delivered at the next entry, if the guest
+    /// can take it and its priority exceeds the TPR. One that the TPR holds back is in
+    /// nobody's way: a higher one must get past it.
+    fn has_nothing_waiting(&self, inner: &Inner<H>) -> bool {
+        self.vectors.deliverable(inner.priority.get()).is_none() && !inner.events.is_waiting()
     }
 
     /// An EPT violation.
@@ -394,10 +401,14 @@ impl<H: Host> Vcpu<H> {
     }
 }
 
+fn has_if<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> bool {
+    inner.registers.rflags(current) & Rflags::IF.bits() != 0
+}
+
 /// The guest can take an external interrupt: SDM 6.8.1 "Masking Maskable
 /// Hardware Interrupts", 25.4.2, table 25-3.
 fn can_interrupt<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> bool {
-    if inner.registers.rflags(current) & Rflags::IF.bits() == 0 {
+    if !has_if(inner, current) {
         return false;
     }
     let shadows = Interruptibility::STI | Interruptibility::MOV_SS;

@@ -193,6 +193,16 @@ pub fn advance_here<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) {
         new = wrapped(inner, current, new);
     }
     inner.registers.move_rip(current, new);
+    inner.registers.end_shadow();
+    let traps = inner.registers.rflags(current) & Rflags::TF.bits() != 0;
+    if traps || inner.debug.is_used() {
+        debugged(inner, current);
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn debugged<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) {
     completed(inner, current);
 }
 
@@ -207,13 +217,9 @@ fn wrapped<H: Host>(inner: &Inner<H>, current: &Current<'_, H>, rip: u64) -> u64
 }
 
 /// What completing an instruction does besides.
-#[inline(always)]
 pub fn completed<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) {
-    let blocking = current.read(field::GUEST_INTERRUPTIBILITY);
-    if blocking & SHADOWS != 0 {
-        end_shadow(current, blocking);
-    }
-    inner.registers.set_no_shadow();
+    inner.registers.end_shadow();
+    inner.registers.settle_shadow(current);
     if inner.registers.rflags(current) & Rflags::TF.bits() != 0 {
         pend_step(current);
     }
@@ -221,16 +227,7 @@ pub fn completed<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) {
     inner.step_due = inner.debug.steps();
 }
 
-/// What holds interrupts back for one instruction.
-const SHADOWS: u32 = Interruptibility::STI.union(Interruptibility::MOV_SS).bits();
-
-#[cold]
-fn end_shadow<H: Host>(current: &Current<'_, H>, blocking: u32) {
-    current.write(field::GUEST_INTERRUPTIBILITY, blocking & !SHADOWS);
-}
-
 /// The #DB of the trap flag.
-#[cold]
 fn pend_step<H: Host>(current: &Current<'_, H>) {
     /// Bit 14, BS, of the pending debug exceptions.
     const BS: u64 = 1 << 14;
