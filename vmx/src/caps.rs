@@ -184,6 +184,7 @@ impl Caps {
 const PIN: Wanted = Wanted {
     word: "pin-based",
     required: Pin::EXTERNAL_INTERRUPT_EXITING.bits() | Pin::NMI_EXITING.bits(),
+    // The guest's IRET and blocking then have nothing to do with the host's NMIs.
     optional: Pin::VIRTUAL_NMIS.bits(),
     forbidden: Pin::PREEMPTION_TIMER.bits(),
 };
@@ -201,6 +202,8 @@ const PRIMARY: Wanted = Wanted {
     optional: Primary::ACTIVATE_SECONDARY.bits() | Primary::USE_TPR_SHADOW.bits(),
     forbidden: Primary::RDTSC_EXITING.bits()
         | Primary::INVLPG_EXITING.bits()
+        // No NMI is ever injected: the interface has no request for one.
+        | Primary::NMI_WINDOW_EXITING.bits()
         | Primary::MONITOR_TRAP_FLAG.bits(),
 };
 

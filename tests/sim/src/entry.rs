@@ -101,6 +101,11 @@ fn begin(
     }
     check_way_back(state, pointer);
     load_guest(state, cpu, pointer);
+    if std::mem::take(&mut state.check_at_entry) {
+        // 27.9 "Machine-Check Events During VM Entry".
+        late_failure(state, cpu, pointer, 41, 0);
+        return Ok(None);
+    }
     let vmcs = &state.vmcss[&pointer];
     let (area, count) = (vmcs.get(0x200a), vmcs.get(0x4014));
     if let Err(entry) = load_msrs(state, p, cpu, area, count) {

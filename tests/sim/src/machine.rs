@@ -247,6 +247,8 @@ pub(crate) struct State {
     pub(crate) counts: Counts,
     pub(crate) findings: Vec<String>,
     pub(crate) failures: Vec<EntryFailure>,
+    /// The next VM entry meets a machine check.
+    pub(crate) check_at_entry: bool,
     pub(crate) received: Vec<Received>,
     /// Every EPTP a guest ran with.
     pub(crate) eptps: Vec<u64>,
@@ -348,6 +350,7 @@ impl Machine {
             counts: Counts::default(),
             findings: Vec::new(),
             failures: Vec::new(),
+            check_at_entry: false,
             received: Vec::new(),
             eptps: Vec::new(),
             ran_last: HashMap::new(),
@@ -511,6 +514,11 @@ impl Machine {
     /// What [`vmx::host::Host::tolerates_gs`] says. Before the first vCPU.
     pub fn set_tolerates_gs(&self, tolerates: bool) {
         self.0.tolerates_gs.store(tolerates, Ordering::SeqCst);
+    }
+
+    /// A machine check comes while the next VM entry loads the guest's state.
+    pub fn machine_check_at_entry(&self) {
+        self.0.state().check_at_entry = true;
     }
 
     /// What [`vmx::host::Host::event_pending`] says.

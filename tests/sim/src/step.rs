@@ -74,6 +74,13 @@ impl Step {
         step
     }
 
+    /// The same step while the event injected at the next entry is delivered.
+    #[must_use]
+    pub fn during_delivery(mut self) -> Self {
+        self.on_delivery = true;
+        self
+    }
+
     /// A task gate in the IDT: the delivery of the event injected at the next
     /// entry exits for a switch to the TSS that `selector` selects. Once: the
     /// delivery after it succeeds.

@@ -49,6 +49,48 @@ fn a_host_nmi_reaches_the_host_once() {
     client.finish();
 }
 
+/// An NMI is recognized between instructions: behind the delivery that it meets, also if that has to be repeated.
+#[test]
+fn a_host_nmi_meets_a_delivery() {
+    for fresh_stack in [false, true] {
+        let client = client();
+        client.change_regs(|state| state.rflags |= 0x200);
+        client.vcpu.interrupt(0x55);
+        client.vcpu.interrupt(0x33);
+        let mut first = true;
+        let delivery = Step::new("delivery", 0, move |guest| {
+            if std::mem::take(&mut first) {
+                guest.raise_host_nmi();
+            }
+            if fresh_stack {
+                guest.touch(0x7ff8, sim::Access::Write)?;
+            }
+            Ok(())
+        });
+        let steps = [delivery.during_delivery(), Step::output(1, 1, 1)];
+        assert_eq!(client.run(steps), ExitStatus::Io);
+        let received = client.machine.take_received();
+        let vectors: Vec<u8> = received.iter().map(|event| event.vector).collect();
+        assert_eq!(vectors, [0x55, 0x33]);
+        assert_eq!(client.machine.counts().raise_nmi, 1);
+        client.finish();
+    }
+}
+
+/// The host's, like any other; and the guest's state is half loaded.
+#[test]
+fn a_machine_check_at_the_entry_is_the_hosts_and_ends_the_guest() {
+    let client = client();
+    assert_eq!(client.run([Step::output(1, 1, 1)]), ExitStatus::Io);
+    client.machine.machine_check_at_entry();
+    assert_eq!(client.run_fails([]), vmx::Error::Invalid);
+    assert_eq!(client.tunnel().status(), Some(ExitStatus::Unknown));
+    assert_eq!(client.machine.counts().raise_machine_check, 1);
+    assert_eq!(client.run([]), ExitStatus::StateChange);
+    assert_eq!(client.machine.counts().raise_machine_check, 1);
+    client.finish();
+}
+
 #[test]
 fn a_machine_check_is_the_hosts_and_ends_the_guest() {
     let client = client();

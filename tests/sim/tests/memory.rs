@@ -334,7 +334,28 @@ fn delivery_through_a_fresh_page_is_repeated() {
     let received = client.machine.take_received();
     assert_eq!(received.len(), 1);
     assert_eq!(received[0].vector, 0x55);
-    // A software interrupt keeps its instruction length.
+    client.finish();
+}
+
+/// And keeps its error code: #PF of a CMPXCHG that the core carries out for the guest, above what is mapped.
+#[test]
+fn a_repeated_exception_keeps_its_error_code() {
+    const UNMAPPED: u64 = 0xd000_0000;
+    let client = Client::new(&Machine::haswell());
+    client.long_mode();
+    // cmpxchg [rdi], ecx
+    client.load(CODE, &[0x0f, 0xb1, 0x0f]);
+    let status = client.run([
+        Step::set_gpr(7, UNMAPPED),
+        Step::write(UNMAPPED, 4, 0, 3),
+        Step::delivery_access(0x7ff8, Access::Write),
+        Step::output(1, 1, 1),
+    ]);
+    assert_eq!(status, ExitStatus::Io);
+    let received = client.machine.take_received();
+    assert_eq!(received.len(), 1);
+    assert_eq!((received[0].vector, received[0].error_code), (14, Some(2)));
+    assert_eq!(received[0].cr2, UNMAPPED);
     client.finish();
 }
 

@@ -91,8 +91,6 @@ impl InterruptionInfo {
     pub const VALID: u32 = 1 << 31;
     /// Bit 11: the event delivers an error code.
     pub const ERROR_CODE: u32 = 1 << 11;
-    /// Bit 12 of exit information: the exit undid NMI unblocking by IRET.
-    pub const NMI_UNBLOCKING: u32 = 1 << 12;
 
     /// A valid word for an event.
     #[must_use]

@@ -264,10 +264,4 @@ impl EptQualification {
     pub const fn is_operand(self) -> bool {
         self.0 & 0x180 == 0x180
     }
-
-    /// The exit undid NMI unblocking by IRET.
-    #[must_use]
-    pub const fn nmi_unblocking(self) -> bool {
-        self.0 & (1 << 12) != 0
-    }
 }

@@ -26,8 +26,6 @@ pub enum Exit {
     InterruptWindow,
     /// The guest lowered its task priority below the threshold.
     TprBelowThreshold,
-    /// The guest can take an NMI now.
-    NmiWindow,
     /// One instruction was executed under the monitor trap flag.
     MonitorTrap,
     /// A hardware task switch.
@@ -97,7 +95,6 @@ impl Exit {
             ExitReason::TRIPLE_FAULT => Self::TripleFault,
             ExitReason::INTERRUPT_WINDOW => Self::InterruptWindow,
             ExitReason::TPR_BELOW_THRESHOLD => Self::TprBelowThreshold,
-            ExitReason::NMI_WINDOW => Self::NmiWindow,
             ExitReason::TASK_SWITCH => Self::TaskSwitch {
                 qualification: qualification(),
             },

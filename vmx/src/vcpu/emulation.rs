@@ -181,7 +181,7 @@ impl<H: Host> Vcpu<H> {
         match step {
             Step::Done => {
                 inner.emulation.insn = None;
-                inner.completed = true;
+                inner.complete();
                 Next::Resume
             }
             Step::Again => {

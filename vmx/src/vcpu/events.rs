@@ -8,7 +8,6 @@ use super::pending::PendingVectors;
 use super::vmcs::Current;
 use crate::arch::event::{EventKind, Exception, InterruptionInfo, vector};
 use crate::arch::field;
-use crate::arch::reg::Interruptibility;
 use crate::host::Host;
 
 /// An event to inject at the next entry.
@@ -152,7 +151,8 @@ impl Events {
 
     /// Takes up a delivery that the last exit interrupted, so that the next
     /// entry repeats it. SDM 28.2.4 "Information for VM Exits During Event
-    /// Delivery"; 27.6.1.1 tells what a repeated software interrupt needs.
+    /// Delivery"; 27.6.1.1 tells what a repeated software interrupt needs. It is no
+    /// NMI: those of the host exit, and none is injected.
     pub fn take_interrupted<H: Host>(&mut self, current: &Current<'_, H>) {
         let word = InterruptionInfo(current.read(field::IDT_VECTORING_INFO));
         if !word.is_valid() {
@@ -172,12 +172,6 @@ impl Events {
             }
             _ => 0,
         };
-        if kind == EventKind::Nmi {
-            // The NMI was not delivered, so it does not block further ones.
-            let state = current.read(field::GUEST_INTERRUPTIBILITY);
-            let open = state & !Interruptibility::NMI.bits();
-            current.write(field::GUEST_INTERRUPTIBILITY, open);
-        }
         self.waiting = Some(Event {
             info: InterruptionInfo::new(kind, word.vector(), word.has_error_code()),
             error_code,

@@ -53,7 +53,6 @@ impl Answer {
             | ExitReason::TRIPLE_FAULT
             | ExitReason::INIT
             | ExitReason::INTERRUPT_WINDOW
-            | ExitReason::NMI_WINDOW
             | ExitReason::TASK_SWITCH
             | ExitReason::CPUID
             | ExitReason::HLT
@@ -102,6 +101,7 @@ impl Answer {
             ExitReason::RDTSC | ExitReason::RDTSCP => {
                 Self::Off(Control::Primary(Primary::RDTSC_EXITING))
             }
+            ExitReason::NMI_WINDOW => Self::Off(Control::Primary(Primary::NMI_WINDOW_EXITING)),
             ExitReason::PREEMPTION_TIMER => Self::Off(Control::Pin(Pin::PREEMPTION_TIMER)),
             ExitReason::APIC_ACCESS => Self::Off(Control::Secondary(0)),
             ExitReason::GDTR_IDTR_ACCESS | ExitReason::LDTR_TR_ACCESS => {

@@ -214,6 +214,12 @@ impl<H: Host> Inner<H> {
         }
     }
 
+    /// An instruction was completed in software.
+    fn complete(&mut self) {
+        self.completed = true;
+        self.quiet = false;
+    }
+
     /// Drops what the last RUN left unfinished: the client moved the vCPU to
     /// another instruction.
     fn abandon(&mut self, current: &Current<'_, H>) {

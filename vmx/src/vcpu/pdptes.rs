@@ -67,7 +67,7 @@ impl<H: Host> Vcpu<H> {
                     let rip = inner.registers.rip(current);
                     let next = rip.wrapping_add(waits.length.into());
                     inner.registers.set_rip(next & 0xffff_ffff);
-                    inner.completed = true;
+                    inner.complete();
                 }
                 Next::Resume
             }

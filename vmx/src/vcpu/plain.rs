@@ -374,8 +374,7 @@ impl<H: Host> Vcpu<H> {
         }
         inner.registers.end_shadow();
         if flags & Rflags::TF.bits() != 0 || inner.debug.is_used() {
-            inner.completed = true;
-            inner.quiet = false;
+            inner.complete();
         }
         Next::Resume
     }

@@ -98,7 +98,6 @@ impl<H: Host> Vcpu<H> {
             self.guest().kick_others(self.id());
         }
         if inner.emulation.is_under_way() {
-            inner.quiet = false;
             inner.emulation.answer(self.channel.fast_mmio_value());
             next = self.emulate(inner)?;
         }
@@ -118,7 +117,6 @@ impl<H: Host> Vcpu<H> {
     /// Work that may sleep.
     #[inline(never)]
     fn work(&self, inner: &mut Inner<H>, work: Work) -> Result<Next, Error> {
-        inner.quiet = false;
         let host = self.guest().host();
         if host.event_pending() {
             // Nothing is lost: the guest touches the page again, or the
@@ -283,8 +281,9 @@ impl<H: Host> Vcpu<H> {
     /// [`Vcpu::prepare`] would find nothing to do. It found nothing the last
     /// time, and what could have changed that since has cleared `quiet`: an
     /// event to deliver ([`handle::raise`], a delivery that an exit
-    /// interrupted), work outside of the loan (an emulated instruction, PDPTEs,
-    /// a task switch), and every request but RUN that loads the VMCS. What the
+    /// interrupted), an instruction completed in software ([`Inner::complete`]),
+    /// and whatever loads the VMCS outside of the loan: requests, PDPTEs, a
+    /// task switch. What the
     /// client writes at any time is looked at here; a TPR threshold goes with a
     /// vector that waits.
     #[inline(always)]

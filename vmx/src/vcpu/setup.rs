@@ -30,10 +30,9 @@ const PLE_GAP: u32 = 128;
 /// TSC ticks that a loop may spin before it exits.
 const PLE_WINDOW: u32 = 4096;
 
-/// The primary controls without window exiting.
+/// The primary controls without interrupt-window exiting.
 pub fn primary(caps: &Caps) -> Primary {
-    caps.primary
-        .difference(Primary::INTERRUPT_WINDOW_EXITING | Primary::NMI_WINDOW_EXITING)
+    caps.primary.difference(Primary::INTERRUPT_WINDOW_EXITING)
 }
 
 /// Writes the controls and everything that stays as it is.

@@ -17,7 +17,7 @@ use crate::arch::addr::Gpa;
 use crate::arch::event::Exception;
 use crate::arch::exit::ExitReason;
 use crate::arch::field;
-use crate::arch::reg::{Interruptibility, Rflags};
+use crate::arch::reg::Rflags;
 use crate::arch::segment::AccessRights;
 use crate::host::Host;
 use crate::memory::Access;
@@ -68,10 +68,6 @@ pub fn dispatch<H: Host>(
     match exit {
         Exit::ExternalInterrupt => Next::Leave(ExitStatus::Interrupt),
         Exit::EptViolation { gpa, qualification } => {
-            let delivering = inner.events.is_waiting();
-            if qualification.nmi_unblocking() && !delivering {
-                block_nmi(current);
-            }
             let quiet = inner.quiet;
             plain::foresee(inner, current, gpa, qualification, quiet);
             Next::Work(Work::Memory {
@@ -98,8 +94,6 @@ pub fn dispatch<H: Host>(
         Exit::Undefined => raise(vcpu, inner, Exception::UD),
         // RDPMC: no counter of the guest's exists behind it.
         Exit::Rdpmc => raise(vcpu, inner, Exception::gp(0)),
-        // Not requested: no NMI is ever injected that could wait.
-        Exit::NmiWindow => Next::Resume,
         Exit::TripleFault => lost(inner, "triple fault"),
         #[expect(clippy::cast_possible_truncation, reason = "32 bits; at most 15 bytes")]
         Exit::TaskSwitch { qualification } => Next::Work(Work::TaskSwitch {
@@ -233,11 +227,4 @@ fn pend_step<H: Host>(current: &Current<'_, H>) {
     const BS: u64 = 1 << 14;
     let pending = current.read(field::GUEST_PENDING_DEBUG);
     current.write(field::GUEST_PENDING_DEBUG, pending | BS);
-}
-
-/// The IRET that unblocked NMIs is executed again.
-fn block_nmi<H: Host>(current: &Current<'_, H>) {
-    let blocking = current.read(field::GUEST_INTERRUPTIBILITY);
-    let blocked = blocking | Interruptibility::NMI.bits();
-    current.write(field::GUEST_INTERRUPTIBILITY, blocked);
 }

@@ -22,9 +22,9 @@ use super::state::{self, SegmentFields};
 use super::vmcs::Current;
 use super::{Inner, Vcpu};
 use crate::Error;
-use crate::arch::event::{EventKind, Exception, vector};
+use crate::arch::event::{Exception, vector};
 use crate::arch::field;
-use crate::arch::reg::{Cr0, Cr4, Interruptibility, Rflags, gpr};
+use crate::arch::reg::{Cr0, Cr4, Rflags, gpr};
 use crate::arch::segment::{AccessRights, SegmentRegister};
 use crate::host::Host;
 use crate::memory::walk::Paging;
@@ -194,7 +194,7 @@ impl<H: Host> Vcpu<H> {
             .plan_switch(&old, selector)
             .and_then(|plan| self.write_switch(&old, &plan).map(|()| plan));
         Ok(match planned {
-            Ok(plan) => self.finish_switch(inner, &old, &plan)?,
+            Ok(plan) => self.finish_switch(inner, &plan)?,
             Err(Stop::Fault(exception)) => handle::raise(self, inner, exception),
             Err(Stop::Later(next)) => next,
             Err(Stop::Protected(gpa)) => {
@@ -417,21 +417,11 @@ impl<H: Host> Vcpu<H> {
 
     /// Registers; then what the new task begins with.
     #[inline(never)]
-    fn finish_switch(&self, inner: &mut Inner<H>, old: &Old, plan: &Plan) -> Result<Next, Error> {
-        let is_nmi = old
-            .delivery
-            .is_some_and(|delivery| delivery.kind == EventKind::Nmi);
+    fn finish_switch(&self, inner: &mut Inner<H>, plan: &Plan) -> Result<Next, Error> {
         let trap = plan.task.trap && plan.fault.is_none();
         let next = self.with_vmcs(inner, |current, inner| {
             inner.write_task(current, plan);
-            let blocking =
-                Interruptibility::from_bits_retain(current.read(field::GUEST_INTERRUPTIBILITY));
-            let mut nmi = blocking & Interruptibility::NMI;
-            if old.source == Source::Iret {
-                nmi = Interruptibility::empty();
-            }
-            nmi.set(Interruptibility::NMI, is_nmi || !nmi.is_empty());
-            current.write(field::GUEST_INTERRUPTIBILITY, nmi.bits());
+            current.write(field::GUEST_INTERRUPTIBILITY, 0);
             current.write(field::GUEST_PENDING_DEBUG, 0);
             inner.events.delivered(plan.fault.is_some());
             // The monitor trap flag did not see the instruction.
