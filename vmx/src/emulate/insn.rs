@@ -220,6 +220,15 @@ pub enum Op {
     Sldt,
     Str,
     Smsw,
+    Lldt,
+    Ltr,
+    Lmsw,
+    Lar,
+    Lsl,
+    Verr,
+    Verw,
+    Ldmxcsr,
+    Stmxcsr,
     Xlat,
     Movs,
     Cmps,
@@ -243,18 +252,15 @@ pub enum Op {
     VecLoad,
     /// Store of the lowest element: MOVD, MOVQ, MOVSS, MOVSD, MOVLPS, MOVLPD.
     VecStore,
-    /// Store of bits 127:64: MOVHPS, MOVHPD.
-    VecStoreHigh,
-    /// Load of bits 63:0, the rest kept: MOVLPS, MOVLPD.
-    VecMergeLow,
-    /// Load of bits 127:64, the rest kept: MOVHPS, MOVHPD.
-    VecMergeHigh,
     /// An element copied to the whole register: VBROADCASTSS and the like.
     VecBroadcast,
-    /// 128 bits put into a half of 256: VINSERTF128, VINSERTI128.
-    VecInsertHalf,
-    /// A half of 256 bits stored: VEXTRACTF128, VEXTRACTI128.
-    VecExtractHalf,
+    /// An element (the third operand) put into the second operand in the place
+    /// that the fourth numbers: PINSRB to PINSRQ, VINSERTF128 and the like;
+    /// MOVLPS, MOVHPS and their like are these with a place of their own.
+    VecInsert,
+    /// The element of the second operand that the third numbers, stored: PEXTRB to
+    /// PEXTRQ, EXTRACTPS, VEXTRACTF128 and the like; MOVHPS, MOVHPD.
+    VecExtract,
     /// Elements chosen by the sign bits of a register: VMASKMOVPS, VMASKMOVPD,
     /// VPMASKMOVD, VPMASKMOVQ.
     VecMasked,
@@ -404,6 +410,12 @@ impl Insn {
                 | Op::Lidt
                 | Op::Sldt
                 | Op::Str
+                | Op::Lldt
+                | Op::Ltr
+                | Op::Lar
+                | Op::Lsl
+                | Op::Verr
+                | Op::Verw
         );
         system || segment && matches!(self.op, Op::Mov | Op::Pop)
     }

@@ -267,8 +267,11 @@ pub trait Machine {
     fn set_segment(&mut self, seg: Seg, state: SegmentState);
     /// A descriptor table. Asked for only if [`super::Insn::uses_tables`].
     fn table(&self, table: Table) -> SegmentState;
-    /// Sets GDTR or IDTR.
-    fn set_table(&mut self, table: Table, base: u64, limit: u16);
+    /// Sets a descriptor-table register, of GDTR and IDTR base and limit; every
+    /// check has been made.
+    fn set_table(&mut self, table: Table, state: SegmentState);
+    /// LMSW: sets the four lowest bits of CR0, but does not clear PE.
+    fn load_status(&mut self, status: u16);
     /// IA32_EFER.LMA.
     fn long_mode(&self) -> bool;
     /// Told when the instruction changes what interrupts may come.
@@ -279,6 +282,10 @@ pub trait Machine {
     /// Sets vector register `index`, all of it. Bits the processor lacks are
     /// ignored.
     fn set_vector(&mut self, index: u8, value: &VectorBytes);
+    /// MXCSR.
+    fn mxcsr(&self) -> u32;
+    /// Sets MXCSR; `false`, and nothing, if a bit is reserved.
+    fn set_mxcsr(&mut self, value: u32) -> bool;
     /// Opmask register `index` (0 to 7).
     fn opmask(&self, index: u8) -> u64;
     /// MMX register `index` (0 to 7).

@@ -87,6 +87,15 @@ pub struct Extended<H: Host> {
     loaded: bool,
 }
 
+/// The bits of MXCSR there are: SDM 1 12.6.6 "Guidelines for Writing to the
+/// MXCSR Register".
+fn mxcsr_mask(image: &FxLayout) -> u32 {
+    match image.mxcsr_mask {
+        0 => 0xffbf,
+        mask => mask & 0xffff,
+    }
+}
+
 impl<H: Host> Extended<H> {
     /// Registers as after reset.
     ///
@@ -227,15 +236,22 @@ impl<H: Host> Extended<H> {
     /// would make XRSTOR fault (SDM 10.5.1.2 "SSE State"). Not while loaded.
     pub fn set_fx(&mut self, image: &FxLayout) {
         let mut image = *image;
-        let mask = match image.mxcsr_mask {
-            0 => 0xffbf,
-            mask => mask & 0xffff,
-        };
-        image.mxcsr &= mask;
+        image.mxcsr &= mxcsr_mask(&image);
         if let Some(bytes) = image.as_bytes().get(..416) {
             self.put(0, bytes);
         }
         self.mark_legacy();
+    }
+
+    /// Sets MXCSR; `false`, and nothing, if a bit is reserved. Not while loaded.
+    pub fn set_mxcsr(&mut self, value: u32) -> bool {
+        let mut image = self.fx();
+        let fits = value & !mxcsr_mask(&image) == 0;
+        if fits {
+            image.mxcsr = value;
+            self.set_fx(&image);
+        }
+        fits
     }
 
     /// Reads a piece of a component; zeros if it is in its initial state.

@@ -270,6 +270,20 @@ impl Modes {
         })
     }
 
+    /// LMSW: sets PE, but does not clear it; MP, EM and TS become what `status`
+    /// says (SDM 2A "LMSW").
+    ///
+    /// # Errors
+    /// None that these bits can cause.
+    pub fn load_status<H: Host>(
+        &mut self,
+        current: &Current<'_, H>,
+        status: u16,
+    ) -> Result<Consequences, Exception> {
+        let old = self.cr0(current);
+        self.guest_write_cr0(current, (old & !0xe) | (u64::from(status) & 0xf))
+    }
+
     /// The guest writes CR4. `cr3` is its CR3.
     ///
     /// # Errors

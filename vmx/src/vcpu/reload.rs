@@ -90,8 +90,9 @@ pub fn pend_breakpoints<H: Host>(current: &Current<'_, H>, hits: u8) {
 #[derive(Default)]
 pub struct Reload {
     segments: [Option<SegmentState>; 6],
-    gdtr: Option<(u64, u16)>,
-    idtr: Option<(u64, u16)>,
+    tables: [Option<SegmentState>; 4],
+    /// LMSW's operand.
+    status: Option<u16>,
     blocking: Option<Blocking>,
     any: bool,
 }
@@ -105,12 +106,17 @@ impl Reload {
         self.any = true;
     }
 
-    /// GDTR or IDTR does.
-    pub fn set_table(&mut self, table: Table, base: u64, limit: u16) {
-        match table {
-            Table::Gdt => self.gdtr = Some((base, limit)),
-            _ => self.idtr = Some((base, limit)),
+    /// A descriptor-table register does.
+    pub fn set_table(&mut self, table: Table, state: SegmentState) {
+        if let Some(slot) = self.tables.get_mut(table as usize) {
+            *slot = Some(state);
         }
+        self.any = true;
+    }
+
+    /// The lowest bits of CR0 do.
+    pub fn set_status(&mut self, status: u16) {
+        self.status = Some(status);
         self.any = true;
     }
 
@@ -129,7 +135,10 @@ impl Reload {
     /// debug traps back for one more instruction (SDM 6.8.3 "Masking Exceptions and
     /// Interrupts When Switching Stacks").
     pub fn apply<H: Host>(&self, inner: &mut Inner<H>, current: &Current<'_, H>) {
-        for (fields, state) in SEGMENTS.iter().zip(&self.segments) {
+        let [gdtr, ldtr, idtr, tr] = self.tables;
+        let system = [(state::LDTR, ldtr), (state::TR, tr)];
+        let segments = SEGMENTS.into_iter().zip(self.segments);
+        for (fields, state) in segments.chain(system) {
             if let Some(state) = state {
                 fields.load(
                     current,
@@ -140,13 +149,17 @@ impl Reload {
                 );
             }
         }
-        if let Some((base, limit)) = self.gdtr {
+        if let Some(SegmentState { base, limit, .. }) = gdtr {
             current.write(field::GUEST_GDTR_BASE, base);
-            current.write(field::GUEST_GDTR_LIMIT, limit.into());
+            current.write(field::GUEST_GDTR_LIMIT, limit);
         }
-        if let Some((base, limit)) = self.idtr {
+        if let Some(SegmentState { base, limit, .. }) = idtr {
             current.write(field::GUEST_IDTR_BASE, base);
-            current.write(field::GUEST_IDTR_LIMIT, limit.into());
+            current.write(field::GUEST_IDTR_LIMIT, limit);
+        }
+        if let Some(status) = self.status {
+            // No consequences: neither PG nor WP changes.
+            let _ = inner.modes.load_status(current, status);
         }
         let Some(blocking) = self.blocking else {
             return;

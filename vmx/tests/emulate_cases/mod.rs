@@ -155,21 +155,36 @@ pub fn random_bytes(rng: &mut Rng, mode: Mode) -> [u8; MAX_INSN_LEN] {
     if mode == Mode::Bits64 && !vex && rng.one_in(3) {
         put(0x40 | rng.byte() & 15);
     }
-    if !vex && rng.one_in(16) {
+    if !vex && rng.one_in(9) {
         // EVEX moves, half of them with a mask.
         put(0x62);
         let outside = if mode == Mode::Bits64 { 0 } else { 0xc0 };
-        put(rng.byte() & 0xf0 | 1 | outside);
-        put(rng.byte() & 0x83 | 0x7c);
+        let map = rng.pick(&[1, 1, 1, 2, 3]);
+        put(rng.byte() & 0xf0 | map | outside);
+        // All but the moves of map 1 have the prefix 66; insertions have a third register.
+        let inserts = map == 3 && rng.one_in(2);
+        let third = if inserts { rng.byte() & 0x78 } else { 0x78 };
+        put(if map == 1 {
+            rng.byte() & 0x83 | 0x7c
+        } else {
+            rng.byte() & 0x80 | third | 5
+        });
         put(if rng.one_in(2) {
             8
         } else {
             rng.byte() & 0xe7 | 8
         } & 0xef
             | rng.byte() & 0x60);
-        put(rng.pick(&[
-            0x10, 0x11, 0x28, 0x29, 0x6f, 0x7f, 0x6f, 0x7f, 0x2b, 0xe7, 0x6e, 0x7e, 0xd6, 0x13,
-        ]));
+        let opcodes: &[u8] = match map {
+            1 => &[
+                0x10, 0x11, 0x28, 0x29, 0x6f, 0x7f, 0x6f, 0x7f, 0x2b, 0xe7, 0x6e, 0x7e, 0xd6, 0x13,
+            ],
+            2 => &[0x18, 0x19, 0x1a, 0x1b, 0x58, 0x59, 0x5a, 0x5b, 0x78, 0x79],
+            _ => &[
+                0x14, 0x15, 0x16, 0x17, 0x18, 0x19, 0x1a, 0x1b, 0x20, 0x22, 0x38, 0x39, 0x3a, 0x3b,
+            ],
+        };
+        put(rng.pick(opcodes));
         return bytes;
     }
     match if vex { 11 } else { rng.below(11) } {
@@ -233,11 +248,17 @@ pub fn random_bytes(rng: &mut Rng, mode: Mode) -> [u8; MAX_INSN_LEN] {
             put(0x38);
             put(rng.pick(&[0xf0, 0xf1, 0xf6, 0xf9, 0x2a]));
         }
+        10 if rng.one_in(4) => {
+            put(0x66);
+            put(0x0f);
+            put(0x3a);
+            put(rng.pick(&[0x14, 0x15, 0x16, 0x17, 0x20, 0x22]));
+        }
         10 => {
             put(0x0f);
             put(rng.pick(&[
                 0x10, 0x11, 0x12, 0x13, 0x16, 0x17, 0x28, 0x29, 0x2b, 0x6e, 0x6f, 0x7e, 0x7f, 0xd6,
-                0xe7, 0xf0, 0x6e, 0x6f, 0x7e, 0x7f, 0xf7,
+                0xe7, 0xf0, 0x6e, 0x6f, 0x7e, 0x7f, 0xf7, 0xc4, 0xae,
             ]));
         }
         _ => {
@@ -254,13 +275,15 @@ pub fn random_bytes(rng: &mut Rng, mode: Mode) -> [u8; MAX_INSN_LEN] {
             let opcode = match map {
                 1 => rng.pick(&[
                     0x10, 0x11, 0x12, 0x13, 0x16, 0x17, 0x28, 0x29, 0x2b, 0x6e, 0x6f, 0x7e, 0x7f,
-                    0xd6, 0xe7, 0xf0,
+                    0xd6, 0xe7, 0xf0, 0xc4, 0xae,
                 ]),
                 2 => rng.pick(&[
                     0xf2, 0xf3, 0xf5, 0xf6, 0xf7, 0xf2, 0xf3, 0xf5, 0xf6, 0xf7, 0x18, 0x19, 0x1a,
                     0x2a, 0x58, 0x59, 0x5a, 0x78, 0x79, 0x2c, 0x2d, 0x2e, 0x2f, 0x8c, 0x8e,
                 ]),
-                _ => rng.pick(&[0xf0, 0xf0, 0x18, 0x19, 0x38, 0x39]),
+                _ => rng.pick(&[
+                    0xf0, 0xf0, 0x18, 0x19, 0x38, 0x39, 0x14, 0x15, 0x16, 0x17, 0x20, 0x22,
+                ]),
             };
             put(opcode);
             if opcode == 0xf3 {
@@ -337,6 +360,27 @@ pub fn supported(insn: &Insn) -> bool {
     }
 }
 
+/// Processors other than Intel's may do it in another way: PUSH of a segment register writes zeros above the selector
+/// (which SDM 2B "PUSH" allows too), a near branch with prefix 66 in 64-bit mode has two bytes, and VEX.W makes VPINSRD and
+/// VPEXTRD outside of 64-bit mode undefined rather than nothing.
+pub fn differs_by_maker(insn: &Insn) -> bool {
+    let segment = insn.op == Op::Push && matches!(insn.operand(0), Operand::Seg(_));
+    let short = matches!(insn.op, Op::Call | Op::Jmp | Op::Ret)
+        && insn.mode == Mode::Bits64
+        && insn.prefixes.operand_size;
+    let outside = matches!(insn.op, Op::VecInsert | Op::VecExtract)
+        && insn.mode != Mode::Bits64
+        && insn.prefixes.vex
+        && insn.memory().is_some_and(|mem| mem.size == 4);
+    // Where a masked operand passes the end of a segment.
+    let masked = insn.mode != Mode::Bits64 && (insn.op == Op::VecMasked || insn.mask.is_some());
+    !is_intel() && (segment || short || outside || masked)
+}
+
+pub fn is_intel() -> bool {
+    std::arch::x86_64::__cpuid(0).ebx == u32::from_le_bytes(*b"Genu")
+}
+
 /// MOVDIRI, CLFLUSHOPT and CLWB have no detection in the library.
 pub fn is_undetectable(bytes: &[u8], insn: &Insn) -> bool {
     insn.op == Op::Hint && bytes.windows(2).any(|pair| pair == [0x0f, 0xae])
@@ -344,7 +388,7 @@ pub fn is_undetectable(bytes: &[u8], insn: &Insn) -> bool {
 }
 
 /// Everything emulated, apart from INS and OUTS, which a program may not use.
-pub const OPERATIONS: [&str; 94] = [
+pub const OPERATIONS: [&str; 93] = [
     "Add",
     "Or",
     "Adc",
@@ -427,12 +471,11 @@ pub const OPERATIONS: [&str; 94] = [
     "VecMoveAligned",
     "VecLoad",
     "VecStore",
-    "VecStoreHigh",
-    "VecMergeLow",
-    "VecMergeHigh",
     "VecBroadcast",
-    "VecInsertHalf",
-    "VecExtractHalf",
+    "VecInsert",
+    "VecExtract",
+    "Ldmxcsr",
+    "Stmxcsr",
     "Popf",
     "Enter",
     "Bound",

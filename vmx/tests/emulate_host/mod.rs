@@ -36,6 +36,7 @@ pub struct Registers {
     pub rflags: u64,
     pub vectors: [[u8; 64]; 32],
     pub opmasks: [u64; 8],
+    pub mxcsr: u32,
     /// With the x87 status word's TOP 0, as it is before and after.
     pub mmx: [u64; 8],
 }
@@ -86,6 +87,7 @@ impl Registers {
         rflags: 0,
         vectors: [[0; 64]; 32],
         opmasks: [0; 8],
+        mxcsr: 0,
         mmx: [0; 8],
     };
 }
@@ -95,6 +97,7 @@ impl Registers {
 const FP_LEN: usize = 4096;
 const FSW: usize = 2;
 const FTW: usize = 4;
+const MXCSR: usize = 24;
 const ST: usize = 32;
 const XMM: usize = 160;
 /// Length of the area, in the bytes that are software's.
@@ -150,6 +153,7 @@ fn word(area: &[u8], at: usize) -> u64 {
 /// zeros.
 fn load_vectors(area: &[u8], wide: Option<Wide>, out: &mut Registers) {
     let present = area[XSTATE_BV];
+    out.mxcsr = word(area, MXCSR) as u32;
     for i in 0..16 {
         let vector = &mut out.vectors[i];
         if present & 2 != 0 {
@@ -184,6 +188,7 @@ fn store_vectors(area: &mut [u8], wide: Option<Wide>, from: &Registers) {
     area[XSTATE_BV] |= 7;
     area[FSW..FSW + 2].copy_from_slice(&[0, 0]);
     area[FTW] = 0xff;
+    area[MXCSR..][..4].copy_from_slice(&from.mxcsr.to_le_bytes());
     for i in 0..8 {
         area[ST + 16 * i..][..8].copy_from_slice(&from.mmx[i].to_le_bytes());
     }

@@ -16,7 +16,6 @@ pub fn expected_op(insn: &Instruction) -> Option<Op> {
     if name.starts_with("EVEX") {
         return expected_evex(insn);
     }
-    let vex = name.starts_with("VEX");
     let memory = (0..insn.op_count()).any(|i| is_memory(insn.op_kind(i)));
     let xmm = |i: u32| {
         i < insn.op_count()
@@ -143,6 +142,15 @@ pub fn expected_op(insn: &Instruction) -> Option<Op> {
         M::Sldt => Op::Sldt,
         M::Str => Op::Str,
         M::Smsw => Op::Smsw,
+        M::Lldt => Op::Lldt,
+        M::Ltr => Op::Ltr,
+        M::Lmsw => Op::Lmsw,
+        M::Lar => Op::Lar,
+        M::Lsl => Op::Lsl,
+        M::Verr => Op::Verr,
+        M::Verw => Op::Verw,
+        M::Ldmxcsr | M::Vldmxcsr => Op::Ldmxcsr,
+        M::Stmxcsr | M::Vstmxcsr => Op::Stmxcsr,
         M::Movd | M::Movq if mmx(0) || mmx(1) => Op::MmxMove,
         M::Movntq => Op::MmxMove,
         M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => Op::VecMaskedBytes,
@@ -203,14 +211,14 @@ pub fn expected_op(insn: &Instruction) -> Option<Op> {
             if store {
                 Op::VecStore
             } else {
-                Op::VecMergeLow
+                Op::VecInsert
             }
         }
         M::Movhps | M::Movhpd | M::Vmovhps | M::Vmovhpd if memory => {
             if store {
-                Op::VecStoreHigh
+                Op::VecExtract
             } else {
-                Op::VecMergeHigh
+                Op::VecInsert
             }
         }
         M::Vbroadcastss
@@ -221,18 +229,69 @@ pub fn expected_op(insn: &Instruction) -> Option<Op> {
         | M::Vpbroadcastw
         | M::Vpbroadcastd
         | M::Vpbroadcastq
-            if memory && vex =>
+            if memory =>
         {
             Op::VecBroadcast
         }
-        M::Vinsertf128 | M::Vinserti128 if memory => Op::VecInsertHalf,
-        M::Vextractf128 | M::Vextracti128 if memory => Op::VecExtractHalf,
+        M::Vinsertf128 | M::Vinserti128 if memory => Op::VecInsert,
+        M::Vextractf128 | M::Vextracti128 if memory => Op::VecExtract,
+        _ if memory => element_of(insn)?,
         _ => return None,
     })
 }
 
-/// The moves of EVEX; those of SSE's list that broadcast, insert or extract are
+/// The moves of one element, from or to memory. PINSRW of an MMX register is
 /// left out.
+fn element_of(insn: &Instruction) -> Option<Op> {
+    use Mnemonic as M;
+    Some(match insn.mnemonic() {
+        M::Pinsrw if insn.op_register(0).is_mm() => return None,
+        M::Pinsrb
+        | M::Pinsrw
+        | M::Pinsrd
+        | M::Pinsrq
+        | M::Vpinsrb
+        | M::Vpinsrw
+        | M::Vpinsrd
+        | M::Vpinsrq => Op::VecInsert,
+        M::Pextrb
+        | M::Pextrw
+        | M::Pextrd
+        | M::Pextrq
+        | M::Extractps
+        | M::Vpextrb
+        | M::Vpextrw
+        | M::Vpextrd
+        | M::Vpextrq
+        | M::Vextractps => Op::VecExtract,
+        _ => return None,
+    })
+}
+
+/// Where our operands are in iced's list: without VEX the destination of an
+/// insertion is its second operand too, and MOVLPS and MOVHPS number no element.
+pub fn places(insn: &Insn, theirs: &Instruction) -> Vec<usize> {
+    let count = theirs.op_count() as usize;
+    if insn.op == Op::VecInsert && !insn.prefixes.vex {
+        assert_eq!(insn.operand(0), insn.operand(1));
+        return vec![0, 2, 3][..count].to_vec();
+    }
+    (0..count).collect()
+}
+
+/// The operands that iced does not list.
+pub fn implied(insn: &Insn, theirs: &Instruction) -> Operand {
+    use Mnemonic as M;
+    match (insn.op, theirs.mnemonic()) {
+        (Op::VecInsert, M::Movlps | M::Movlpd | M::Vmovlps | M::Vmovlpd) => Operand::Imm(0),
+        (Op::VecInsert | Op::VecExtract, M::Movhps | M::Movhpd | M::Vmovhps | M::Vmovhpd) => {
+            Operand::Imm(1)
+        }
+        _ => Operand::None,
+    }
+}
+
+/// The moves of EVEX.
 fn expected_evex(insn: &Instruction) -> Option<Op> {
     use Mnemonic as M;
     let memory = (0..insn.op_count()).any(|i| is_memory(insn.op_kind(i)));
@@ -258,9 +317,53 @@ fn expected_evex(insn: &Instruction) -> Option<Op> {
         // Two encodings; D6 between registers is not emulated.
         M::Vmovq if vector(0) && !name.contains("xmmm64_xmm") => Op::VecLoad,
         M::Vmovq if memory || !vector(0) => Op::VecStore,
-        M::Vmovlps | M::Vmovlpd if memory => Op::VecMergeLow,
-        M::Vmovhps | M::Vmovhpd if memory && store => Op::VecStoreHigh,
-        M::Vmovhps | M::Vmovhpd if memory => Op::VecMergeHigh,
+        M::Vmovhps | M::Vmovhpd if memory && store => Op::VecExtract,
+        M::Vmovlps | M::Vmovlpd | M::Vmovhps | M::Vmovhpd if memory => Op::VecInsert,
+        M::Vbroadcastss
+        | M::Vbroadcastsd
+        | M::Vbroadcastf32x2
+        | M::Vbroadcastf32x4
+        | M::Vbroadcastf64x2
+        | M::Vbroadcastf32x8
+        | M::Vbroadcastf64x4
+        | M::Vbroadcasti32x2
+        | M::Vbroadcasti32x4
+        | M::Vbroadcasti64x2
+        | M::Vbroadcasti32x8
+        | M::Vbroadcasti64x4
+        | M::Vpbroadcastb
+        | M::Vpbroadcastw
+        | M::Vpbroadcastd
+        | M::Vpbroadcastq
+            if memory =>
+        {
+            Op::VecBroadcast
+        }
+        M::Vinsertf32x4
+        | M::Vinsertf64x2
+        | M::Vinsertf32x8
+        | M::Vinsertf64x4
+        | M::Vinserti32x4
+        | M::Vinserti64x2
+        | M::Vinserti32x8
+        | M::Vinserti64x4
+            if memory =>
+        {
+            Op::VecInsert
+        }
+        M::Vextractf32x4
+        | M::Vextractf64x2
+        | M::Vextractf32x8
+        | M::Vextractf64x4
+        | M::Vextracti32x4
+        | M::Vextracti64x2
+        | M::Vextracti32x8
+        | M::Vextracti64x4
+            if memory =>
+        {
+            Op::VecExtract
+        }
+        _ if memory => element_of(insn)?,
         _ => return None,
     })
 }
@@ -282,9 +385,23 @@ pub fn same_mask(insn: &Insn, theirs: &Instruction) -> bool {
         None => register == 0 && !theirs.zeroing_masking(),
         Some(mask) => {
             let element = match theirs.mnemonic() {
-                Mnemonic::Vmovdqu8 => 1,
-                Mnemonic::Vmovdqu16 => 2,
-                Mnemonic::Vmovdqu64
+                Mnemonic::Vmovdqu8 | Mnemonic::Vpbroadcastb => 1,
+                Mnemonic::Vmovdqu16 | Mnemonic::Vpbroadcastw => 2,
+                Mnemonic::Vbroadcastsd
+                | Mnemonic::Vbroadcastf64x2
+                | Mnemonic::Vbroadcastf64x4
+                | Mnemonic::Vbroadcasti64x2
+                | Mnemonic::Vbroadcasti64x4
+                | Mnemonic::Vpbroadcastq
+                | Mnemonic::Vinsertf64x2
+                | Mnemonic::Vinsertf64x4
+                | Mnemonic::Vinserti64x2
+                | Mnemonic::Vinserti64x4
+                | Mnemonic::Vextractf64x2
+                | Mnemonic::Vextractf64x4
+                | Mnemonic::Vextracti64x2
+                | Mnemonic::Vextracti64x4
+                | Mnemonic::Vmovdqu64
                 | Mnemonic::Vmovdqa64
                 | Mnemonic::Vmovupd
                 | Mnemonic::Vmovapd

@@ -90,6 +90,7 @@ pub struct Fake {
     pub wide_linear: bool,
     pub segments: [SegmentState; 6],
     pub vectors: [VectorBytes; 32],
+    pub mxcsr: u32,
     pub opmasks: [u64; 8],
     pub mmx: [u64; 8],
     /// MMX instructions that ended.
@@ -142,6 +143,7 @@ impl Fake {
             wide_linear: false,
             segments,
             vectors: [[0; 64]; 32],
+            mxcsr: 0x1f80,
             opmasks: [0; 8],
             mmx: [0; 8],
             mmx_ended: 0,
@@ -323,9 +325,21 @@ impl Machine for Fake {
     fn table(&self, table: Table) -> SegmentState {
         self.tables[table as usize]
     }
-    fn set_table(&mut self, table: Table, base: u64, limit: u16) {
-        let table = &mut self.tables[table as usize];
-        (table.base, table.limit) = (base, limit.into());
+    fn set_table(&mut self, table: Table, state: SegmentState) {
+        self.tables[table as usize] = state;
+    }
+    fn load_status(&mut self, status: u16) {
+        self.cr0 = self.cr0 & !0xe | u64::from(status) & 0xf;
+    }
+    fn mxcsr(&self) -> u32 {
+        self.mxcsr
+    }
+    fn set_mxcsr(&mut self, value: u32) -> bool {
+        let fits = value & !0xffff == 0;
+        if fits {
+            self.mxcsr = value;
+        }
+        fits
     }
     fn long_mode(&self) -> bool {
         self.long_mode

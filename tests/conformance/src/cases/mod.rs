@@ -55,6 +55,7 @@ mod mmio_moves;
 mod mmio_strings;
 mod mode_changes;
 mod msr;
+mod oracle;
 mod paused;
 mod pio;
 mod ram;
@@ -139,6 +140,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "emulated",
         cases: emulated::CASES,
+    },
+    Group {
+        name: "oracle",
+        cases: oracle::CASES,
     },
     Group {
         name: "hlt",

@@ -54,6 +54,7 @@ impl Sizes {
             Width::Dword => 4,
             Width::Qword => 8,
             Width::Oword => 16,
+            Width::Yword => 32,
             Width::Opsize => self.operand,
             Width::Opsize32 => self.operand.min(4),
             Width::Wide if wide => 8,
@@ -160,7 +161,7 @@ fn operand(
         Arg::ImmFull => Operand::Imm(cursor.unsigned(sizes.operand)?),
         Arg::ImmStack => Operand::Imm(cursor.signed(bytes(Width::Stack).min(4))?),
         Arg::ImmBranch => Operand::Imm(cursor.signed(bytes(Width::Branch).min(4))?),
-        Arg::One => Operand::Imm(1),
+        Arg::Constant(value) => Operand::Imm(value.into()),
         Arg::Offset(width) => {
             implied_memory(head, None, cursor.unsigned(sizes.address)?, bytes(width))
         }

@@ -17,6 +17,7 @@ pub(super) enum Width {
     Dword,
     Qword,
     Oword,
+    Yword,
     /// The effective operand size.
     Opsize,
     /// The operand size, but never 8: port instructions.
@@ -85,8 +86,8 @@ pub(super) enum Arg {
     ImmStack,
     /// A branch displacement.
     ImmBranch,
-    /// The constant one.
-    One,
+    /// A constant.
+    Constant(u8),
     /// An address in the instruction itself.
     Offset(Width),
     /// DS:rSI, or another segment.
@@ -165,12 +166,13 @@ pub(super) fn lookup(head: &Head, modrm: ModRm, mode: Mode) -> Option<(Form, Opt
         Map::One => one(head.opcode, modrm, mode),
         Map::Two => two(head, modrm),
         Map::Three38 => three_38(head, modrm, mode),
-        Map::Three3A => None,
+        Map::Three3A => vector::three_3a(head).and_then(|(_, found)| found),
     };
     Some((found?, None))
 }
 
 const RM_B: Arg = Arg::Rm(Width::Byte);
+const RM_W: Arg = Arg::Rm(Width::Word);
 const RM_V: Arg = Arg::Rm(Width::Opsize);
 const REG_B: Arg = Arg::Reg(Width::Byte);
 const REG_V: Arg = Arg::Reg(Width::Opsize);
@@ -297,7 +299,7 @@ fn one(opcode: u8, modrm: ModRm, mode: Mode) -> Option<Form> {
         0xca => form(Op::RetFar, &[Arg::ImmWord]),
         0xcb => form(Op::RetFar, &[]),
         0xcf => form(Op::Iret, &[]),
-        0xd0 | 0xd1 => form(shift_op(modrm.reg()), &[Arg::Rm(width), Arg::One]),
+        0xd0 | 0xd1 => form(shift_op(modrm.reg()), &[Arg::Rm(width), Arg::Constant(1)]),
         0xd2 | 0xd3 => form(shift_op(modrm.reg()), &[Arg::Rm(width), CL]),
         0xd7 => form(Op::Xlat, &[Arg::Table]),
         0xe8 => form(Op::Call, &[Arg::ImmBranch]),
@@ -363,11 +365,16 @@ fn system(opcode: u8, modrm: ModRm) -> Option<Form> {
     match (opcode, modrm.reg()) {
         (0, 0) => form(Op::Sldt, &[status]),
         (0, 1) => form(Op::Str, &[status]),
+        (0, 2) => form(Op::Lldt, &[status]),
+        (0, 3) => form(Op::Ltr, &[status]),
+        (0, 4) => form(Op::Verr, &[status]),
+        (0, 5) => form(Op::Verw, &[status]),
         (1, 0) => form(Op::Sgdt, &[table]),
         (1, 1) => form(Op::Sidt, &[table]),
         (1, 2) => form(Op::Lgdt, &[table]),
         (1, 3) => form(Op::Lidt, &[table]),
         (1, 4) => form(Op::Smsw, &[status]),
+        (1, 6) => form(Op::Lmsw, &[status]),
         _ => None,
     }
 }
@@ -376,8 +383,11 @@ fn system(opcode: u8, modrm: ModRm) -> Option<Form> {
 fn two(head: &Head, modrm: ModRm) -> Option<Form> {
     let opcode = head.opcode;
     let width = width_of(opcode);
+    let selector = Arg::RmSplit(Width::Opsize, Width::Word);
     match opcode {
         0x00 | 0x01 => system(opcode, modrm),
+        0x02 => form(Op::Lar, &[REG_V, selector]),
+        0x03 => form(Op::Lsl, &[REG_V, selector]),
         // PREFETCHW and the prefetch and hint-NOP space.
         0x0d | 0x18 | 0x1f if !modrm.is_register() => form(Op::Hint, &[Arg::Mem(Width::Zero)]),
         0x40..=0x4f => form(Op::Cmov(opcode & 15), &[REG_V, RM_V]),
@@ -393,11 +403,11 @@ fn two(head: &Head, modrm: ModRm) -> Option<Form> {
         0xa5 => form(Op::Shld, &[RM_V, REG_V, CL]),
         0xac => form(Op::Shrd, &[RM_V, REG_V, Arg::ImmByte]),
         0xad => form(Op::Shrd, &[RM_V, REG_V, CL]),
-        0xae => cache_line(head.mandatory, modrm),
+        0xae => cache_line(head.mandatory, modrm).or_else(|| vector::legacy(head, modrm)),
         0xaf => form(Op::Imul, &[REG_V, RM_V]),
         0xb0 | 0xb1 => form(Op::Cmpxchg, &[Arg::Rm(width), Arg::Reg(width)]),
         0xb6 => form(Op::Movzx, &[REG_V, RM_B]),
-        0xb7 => form(Op::Movzx, &[REG_V, Arg::Rm(Width::Word)]),
+        0xb7 => form(Op::Movzx, &[REG_V, RM_W]),
         0xb8 if head.mandatory == Mandatory::PF3 => form(Op::Popcnt, &[REG_V, RM_V]),
         0xba if modrm.reg() >= 4 => form(bit_op(modrm.reg()), &[RM_V, Arg::ImmByte]),
         0xbc if head.mandatory == Mandatory::PF3 => form(Op::Tzcnt, &[REG_V, RM_V]),
@@ -405,7 +415,7 @@ fn two(head: &Head, modrm: ModRm) -> Option<Form> {
         0xbd if head.mandatory == Mandatory::PF3 => form(Op::Lzcnt, &[REG_V, RM_V]),
         0xbd => form(Op::Bsr, &[REG_V, RM_V]),
         0xbe => form(Op::Movsx, &[REG_V, RM_B]),
-        0xbf => form(Op::Movsx, &[REG_V, Arg::Rm(Width::Word)]),
+        0xbf => form(Op::Movsx, &[REG_V, RM_W]),
         0xc0 | 0xc1 => form(Op::Xadd, &[Arg::Rm(width), Arg::Reg(width)]),
         0xc3 if head.mandatory == Mandatory::None => {
             form(Op::Mov, &[Arg::Mem(Width::Wide), Arg::Reg(Width::Wide)])

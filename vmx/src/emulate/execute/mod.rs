@@ -243,17 +243,18 @@ impl<M: Machine> Run<'_, M> {
             Op::LoadFar(seg) => self.load_far(seg),
             Op::Sgdt | Op::Sidt | Op::Lgdt | Op::Lidt => self.descriptor_table(),
             Op::Sldt | Op::Str | Op::Smsw => self.store_system(),
+            Op::Lldt | Op::Ltr => self.load_system(),
+            Op::Lmsw => self.load_status(),
+            Op::Lar | Op::Lsl | Op::Verr | Op::Verw => self.inspect_segment(),
+            Op::Ldmxcsr | Op::Stmxcsr => self.mxcsr(),
             Op::MmxMove => self.mmx(),
             Op::VecMove
             | Op::VecMoveAligned
             | Op::VecLoad
             | Op::VecStore
-            | Op::VecStoreHigh
-            | Op::VecMergeLow
-            | Op::VecMergeHigh
             | Op::VecBroadcast
-            | Op::VecInsertHalf
-            | Op::VecExtractHalf
+            | Op::VecInsert
+            | Op::VecExtract
             | Op::VecMasked
             | Op::VecMaskedBytes => self.vector(),
             _ => self.data_move(),

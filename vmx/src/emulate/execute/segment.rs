@@ -10,7 +10,7 @@
 
 use super::access::{Intent, Place, Span};
 use super::address::truncate;
-use super::flags::mask;
+use super::flags::{ZF, mask, when};
 use super::{Next, Outcome, RESUME, Run};
 use crate::emulate::Step;
 use crate::emulate::insn::{Op, Operand};
@@ -29,6 +29,18 @@ const LONG: u32 = 1 << 13;
 const BIG: u32 = 1 << 14;
 const GRANULAR: u32 = 1 << 15;
 const UNUSABLE: u32 = 1 << 16;
+/// S and the type, and the system types: SDM 3A 3.5 "System Descriptor Types",
+/// table 3-2.
+const TYPE: u32 = 0x1f;
+const TSS16: u32 = 1;
+const LDT: u32 = 2;
+const TSS: u32 = 9;
+/// The types a far branch may name, bit n for type n: without and with IA-32e
+/// mode.
+const GATES: u16 = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 9 | 1 << 12;
+const GATES_LONG: u16 = 1 << 12;
+/// Makes an available TSS a busy one.
+const BUSY: u32 = 2;
 
 const CR4_UMIP: u64 = 1 << 11;
 const FLAG_NT: u64 = 1 << 14;
@@ -49,8 +61,9 @@ enum Transfer {
 /// A segment register and its descriptor, checked but not loaded.
 struct Loaded {
     state: SegmentState,
-    /// Where the descriptor is, if its accessed bit is clear.
-    unaccessed: Option<u64>,
+    /// Where the descriptor is, if a bit is to be set in it, and which of its
+    /// rights: accessed or busy.
+    mark: Option<(u64, u32)>,
 }
 
 const fn dpl(access: u32) -> u8 {
@@ -82,8 +95,9 @@ impl<M: Machine> Run<'_, M> {
         Ok(self.machine.translate(linear, access)?)
     }
 
-    /// Reads the eight bytes of a descriptor.
-    fn descriptor(&mut self, selector: u16) -> Outcome<(u64, u64)> {
+    /// Reads a descriptor of 8 or 16 bytes, and tells where it is.
+    #[inline(never)]
+    fn descriptor(&mut self, selector: u16, len: u8) -> Outcome<(u64, u128)> {
         let table = if selector & 4 == 0 {
             Table::Gdt
         } else {
@@ -91,12 +105,14 @@ impl<M: Machine> Run<'_, M> {
         };
         let table = self.machine.table(table);
         let offset = u64::from(selector & 0xfff8);
-        if table.access & UNUSABLE != 0 || offset.wrapping_add(7) > u64::from(table.limit) {
+        if table.access & UNUSABLE != 0
+            || offset.wrapping_add(len.into()) > u64::from(table.limit).wrapping_add(1)
+        {
             return refuse(PROTECTION, selector);
         }
         let linear = table.base.wrapping_add(offset);
-        let mut bytes = [0u8; 8];
-        for (at, byte) in (0u64..).zip(bytes.iter_mut()) {
+        let mut bytes = [0u8; 16];
+        for (at, byte) in (0u64..).zip(bytes.iter_mut().take(len.into())) {
             let mut linear = linear.wrapping_add(at);
             if !self.machine.long_mode() {
                 linear = truncate(linear, 4);
@@ -107,29 +123,41 @@ impl<M: Machine> Run<'_, M> {
             }
             self.machine.read_ram(gpa, core::slice::from_mut(byte))?;
         }
-        Ok((linear, u64::from_le_bytes(bytes)))
+        Ok((linear, u128::from_le_bytes(bytes)))
     }
 
-    /// The state a descriptor describes.
+    /// The state that a descriptor describes.
     #[inline(never)]
-    fn described(&mut self, selector: u16) -> Outcome<Loaded> {
-        let (linear, raw) = self.descriptor(selector)?;
-        let access = (raw >> 40) as u32 & 0xf0ff;
-        let limit = (raw & 0xffff | raw >> 32 & 0xf_0000) as u32;
+    fn described(selector: u16, raw: u128) -> SegmentState {
+        let low = raw as u64;
+        let access = (low >> 40) as u32 & 0xf0ff;
+        let limit = (low & 0xffff | low >> 32 & 0xf_0000) as u32;
         let limit = if access & GRANULAR != 0 {
             limit.wrapping_shl(12) | 0xfff
         } else {
             limit
         };
-        let base = raw >> 16 & 0xff_ffff | raw >> 32 & 0xff00_0000;
+        let base = low >> 16 & 0xff_ffff | low >> 32 & 0xff00_0000;
+        SegmentState {
+            selector,
+            base: base | ((raw >> 64) as u64).wrapping_shl(32),
+            limit,
+            access,
+        }
+    }
+
+    /// The state of a segment of code or data.
+    #[inline(never)]
+    fn ordinary(&mut self, selector: u16) -> Outcome<Loaded> {
+        let (linear, raw) = self.descriptor(selector, 8)?;
+        let mut state = Self::described(selector, raw);
+        let unaccessed = state.access & (NON_SYSTEM | ACCESSED) == NON_SYSTEM;
+        if unaccessed {
+            state.access |= ACCESSED;
+        }
         Ok(Loaded {
-            state: SegmentState {
-                selector,
-                base,
-                limit,
-                access: access | ACCESSED,
-            },
-            unaccessed: (access & ACCESSED == 0).then_some(linear),
+            state,
+            mark: unaccessed.then_some((linear, ACCESSED)),
         })
     }
 
@@ -141,10 +169,7 @@ impl<M: Machine> Run<'_, M> {
             base: u64::from(selector) << 4,
             ..self.machine.segment(seg)
         };
-        Loaded {
-            state,
-            unaccessed: None,
-        }
+        Loaded { state, mark: None }
     }
 
     /// Checks the load of a data segment register or SS.
@@ -164,12 +189,9 @@ impl<M: Machine> Run<'_, M> {
                 access: UNUSABLE | u32::from(cpl) << 5,
                 ..SegmentState::default()
             };
-            return Ok(Loaded {
-                state,
-                unaccessed: None,
-            });
+            return Ok(Loaded { state, mark: None });
         }
-        let loaded = self.described(selector)?;
+        let loaded = self.ordinary(selector)?;
         let access = loaded.state.access;
         let level = dpl(access);
         let code = access & CODE != 0;
@@ -198,12 +220,19 @@ impl<M: Machine> Run<'_, M> {
         if selector & 0xfffc == 0 {
             return Self::fault(Exception::PROTECTION);
         }
-        let mut loaded = self.described(selector)?;
+        let mut loaded = self.ordinary(selector)?;
         let access = loaded.state.access;
         let (cpl, rpl) = (self.machine.cpl(), (selector & 3) as u8);
         if access & NON_SYSTEM == 0 && how == Transfer::Forward {
-            // A gate or a TSS.
-            return Err(Step::Unsupported);
+            // A call gate; outside of IA-32e mode a task gate or an available TSS
+            // too. The other types are as wrong as data.
+            let types = match self.machine.long_mode() {
+                true => GATES_LONG,
+                false => GATES,
+            };
+            if types.wrapping_shr(access & 0xf) & 1 != 0 {
+                return Err(Step::Unsupported);
+            }
         }
         if how == Transfer::Return && rpl > cpl {
             return Err(Step::Unsupported);
@@ -243,19 +272,26 @@ impl<M: Machine> Run<'_, M> {
         }
     }
 
-    /// Loads a register that was checked. The accessed bit is set by a locked
-    /// update of its byte; ROM keeps what it has.
-    fn commit_segment(&mut self, seg: Seg, loaded: &Loaded) -> Outcome<()> {
-        if let Some(linear) = loaded.unaccessed {
+    /// Sets the accessed or busy bit of a descriptor by a locked update of its
+    /// byte; ROM keeps what it has.
+    #[inline(never)]
+    fn mark(&mut self, loaded: &Loaded) -> Outcome<()> {
+        if let Some((linear, bit)) = loaded.mark {
             let gpa = self.system_address(linear.wrapping_add(5), true)?;
             if self.machine.backing(gpa, true)? == Backing::Ram {
                 let byte = u128::from(loaded.state.access & 0xff);
-                let old = byte & !u128::from(ACCESSED);
+                let old = byte & !u128::from(bit);
                 if !self.machine.compare_exchange(gpa, 1, old, byte)? {
                     return Err(Step::Again);
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Loads a register that was checked.
+    fn commit_segment(&mut self, seg: Seg, loaded: &Loaded) -> Outcome<()> {
+        self.mark(loaded)?;
         self.machine.set_segment(seg, loaded.state);
         Ok(())
     }
@@ -395,10 +431,12 @@ impl<M: Machine> Run<'_, M> {
     pub(super) fn store_system(&mut self) -> Outcome<()> {
         let value = match self.insn.op {
             Op::Smsw => self.machine.cr0(),
-            // SDM 2B "SLDT", "STR": #UD in real-address and virtual-8086 mode.
-            _ if !self.is_protected() => return Self::fault(Exception::INVALID_OPCODE),
-            Op::Sldt => self.machine.table(Table::Ldt).selector.into(),
-            _ => self.machine.table(Table::Task).selector.into(),
+            op => {
+                self.require_protected()?;
+                let ldt = op == Op::Sldt;
+                let table = if ldt { Table::Ldt } else { Table::Task };
+                self.machine.table(table).selector.into()
+            }
         };
         self.check_umip()?;
         let destination = self.place(0, Intent::Write)?;
@@ -434,7 +472,142 @@ impl<M: Machine> Run<'_, M> {
             (false, 2) => base & 0xff_ffff,
             (false, _) => base & 0xffff_ffff,
         };
-        self.machine.set_table(table, base, limit);
+        let state = SegmentState {
+            base,
+            limit: limit.into(),
+            ..SegmentState::default()
+        };
+        self.machine.set_table(table, state);
+        Ok(())
+    }
+
+    /// #UD in real-address and virtual-8086 mode, which do not know the
+    /// instruction.
+    fn require_protected(&self) -> Outcome<()> {
+        match self.is_protected() {
+            true => Ok(()),
+            false => Self::fault(Exception::INVALID_OPCODE),
+        }
+    }
+
+    /// LLDT and LTR. In IA-32e mode the descriptors have 16 bytes, and a base
+    /// that is not canonical is refused (SDM 3A 3.5.2 "Segment Descriptor Tables
+    /// in IA-32e Mode", 7.2.3 "TSS Descriptor in 64-bit mode").
+    #[inline(never)]
+    pub(super) fn load_system(&mut self) -> Outcome<()> {
+        self.require_protected()?;
+        if self.machine.cpl() != 0 {
+            return Self::fault(Exception::PROTECTION);
+        }
+        let task = self.insn.op == Op::Ltr;
+        let table = if task { Table::Task } else { Table::Ldt };
+        let selector = self.fetch(0)? as u16;
+        if selector & 0xfffc == 0 {
+            if task {
+                return Self::fault(Exception::PROTECTION);
+            }
+            let state = SegmentState {
+                selector,
+                access: UNUSABLE,
+                ..SegmentState::default()
+            };
+            self.machine.set_table(table, state);
+            return Ok(());
+        }
+        let long = self.machine.long_mode();
+        if selector & 4 != 0 {
+            return refuse(PROTECTION, selector);
+        }
+        let (linear, raw) = self.descriptor(selector, if long { 16 } else { 8 })?;
+        let mut state = Self::described(selector, raw);
+        let fits = match state.access & TYPE {
+            LDT => !task,
+            TSS => task,
+            TSS16 => task && !long,
+            _ => false,
+        };
+        if !fits || !self.is_canonical(state.base) {
+            return refuse(PROTECTION, selector);
+        }
+        if state.access & PRESENT == 0 {
+            return refuse(NOT_PRESENT, selector);
+        }
+        let mut mark = None;
+        if task {
+            state.access |= BUSY;
+            mark = Some((linear, BUSY));
+        }
+        self.mark(&Loaded { state, mark })?;
+        self.machine.set_table(table, state);
+        Ok(())
+    }
+
+    /// LAR, LSL, VERR and VERW: is there a descriptor of a fitting type that the
+    /// privilege level may look at? What it says, by their rules, or ZF clear.
+    #[inline(never)]
+    pub(super) fn inspect_segment(&mut self) -> Outcome<()> {
+        self.require_protected()?;
+        let op = self.insn.op;
+        let shows = matches!(op, Op::Lar | Op::Lsl);
+        let selector = self.fetch(usize::from(shows))? as u16;
+        let found = match self.descriptor(selector, 8) {
+            _ if selector & 0xfffc == 0 => None,
+            Ok((_, raw)) => self.inspected(Self::described(selector, raw), raw as u64),
+            Err(Step::Fault(Exception {
+                vector: PROTECTION, ..
+            })) => None,
+            Err(step) => return Err(step),
+        };
+        if let (Some(value), true) = (found, shows) {
+            let destination = self.place(0, Intent::Write)?;
+            self.put(&destination, value)?;
+        }
+        self.commit_flags(ZF, when(found.is_some(), ZF));
+        Ok(())
+    }
+
+    /// What LAR or LSL returns of a descriptor; `None` if it fails. SDM 2A "LAR",
+    /// "LSL", 2B "VERR/VERW". Bits 19:16 of what LAR returns are undefined.
+    fn inspected(&self, state: SegmentState, raw: u64) -> Option<u64> {
+        /// Bit n: type n is valid, outside of IA-32e mode and in it.
+        const LAR: [u16; 2] = [0b0001_1010_0011_1110, 0b0001_1010_0000_0100];
+        const LSL: [u16; 2] = [0b0000_1010_0000_1110, 0b0000_1010_0000_0100];
+        let op = self.insn.op;
+        let access = state.access;
+        let long = usize::from(self.machine.long_mode());
+        let system = |types: [u16; 2]| {
+            let valid = types.get(long).copied().unwrap_or(0);
+            valid.wrapping_shr(access & 0xf) & 1 != 0
+        };
+        let (code, flag) = (access & CODE != 0, access & READ_WRITE != 0);
+        let fits = match op {
+            _ if access & NON_SYSTEM == 0 => match op {
+                Op::Lar => system(LAR),
+                Op::Lsl => system(LSL),
+                _ => false,
+            },
+            Op::Verr => !code || flag,
+            Op::Verw => !code && flag,
+            _ => true,
+        };
+        let conforming = NON_SYSTEM | CODE | CONFORMING;
+        let rpl = (state.selector & 3) as u8;
+        let level_fits =
+            access & conforming == conforming || dpl(access) >= rpl.max(self.machine.cpl());
+        let value = match op {
+            Op::Lar => raw >> 32 & 0xff_ff00,
+            _ => state.limit.into(),
+        };
+        (fits && level_fits).then_some(value)
+    }
+
+    /// LMSW: PE can be set and not cleared (SDM 2A "LMSW").
+    pub(super) fn load_status(&mut self) -> Outcome<()> {
+        if self.machine.cpl() != 0 {
+            return Self::fault(Exception::PROTECTION);
+        }
+        let status = self.fetch(0)? as u16;
+        self.machine.load_status(status);
         Ok(())
     }
 

@@ -83,6 +83,18 @@ fn spread(opmask: u64, element: u8) -> u64 {
     bits
 }
 
+/// Which bytes of an element of `len` bytes end up in those whose bits are set,
+/// when copies of it fill them.
+fn folded(bits: u64, len: u8) -> u64 {
+    let mut rest = bits;
+    let mut found = 0;
+    while rest != 0 && len != 0 {
+        found |= rest & first(len);
+        rest = rest.checked_shr(len.into()).unwrap_or(0);
+    }
+    found
+}
+
 /// Does something with one run of bytes of an operand.
 type EachRun<'a, R> = dyn FnMut(&mut R, Range<usize>, &Span) -> Outcome<()> + 'a;
 
@@ -172,6 +184,13 @@ impl<M: Machine> Run<'_, M> {
         }
     }
 
+    /// Where the element of `len` bytes is that operand `n` numbers, in a vector
+    /// of `size` bytes.
+    fn element_at(&mut self, n: usize, size: u8, len: u8) -> Outcome<usize> {
+        let start = (self.fetch(n)? as u8).wrapping_mul(len);
+        Ok(usize::from(start & size.wrapping_sub(1)))
+    }
+
     /// Loads, and moves between registers. `size` is the destination's.
     fn vector_load(&mut self, index: u8, size: u8) -> Outcome<()> {
         let op = self.insn.op;
@@ -179,41 +198,36 @@ impl<M: Machine> Run<'_, M> {
         let old = self.machine.vector(index);
         let source_size = self.operand(1).size();
         let source = if op == Op::VecMasked { 2 } else { 1 };
-        let bits = self.moved(self.operand(source).size());
-        let loaded = self.vector_operand(source, bits)?;
-        let (value, len) = match op {
-            Op::VecMove | Op::VecMoveAligned | Op::VecMasked => (loaded, size),
-            Op::VecLoad => (loaded, source_size),
-            Op::VecMergeLow | Op::VecMergeHigh => {
-                let at = if op == Op::VecMergeLow { 0 } else { 8 };
-                // With VEX the half that is kept comes from the second operand.
-                let (mut value, half) = if vex {
-                    (loaded, self.vector_operand(2, first(8))?)
-                } else {
-                    (old, loaded)
-                };
-                overlay(&mut value, at, &low_u64(&half).to_le_bytes());
-                (value, 16)
-            }
+        let (bits, read) = if op == Op::VecBroadcast {
+            let bits = self.moved(size);
+            (bits, folded(bits, source_size))
+        } else {
+            let bits = self.moved(self.operand(source).size());
+            (bits, bits)
+        };
+        let mut value = self.vector_operand(source, read)?;
+        let len = match op {
+            Op::VecLoad => source_size,
             Op::VecBroadcast => {
-                let mut value = [0; 64];
-                let count = usize::from(source_size.max(1));
-                for chunk in value.chunks_exact_mut(count) {
-                    for (to, from) in chunk.iter_mut().zip(loaded) {
-                        *to = from;
-                    }
+                let element = value;
+                for at in (0..64usize).step_by(source_size.max(1).into()) {
+                    let element = element.get(..source_size.into()).unwrap_or_default();
+                    overlay(&mut value, at, element);
                 }
-                (value, size)
+                size
             }
-            Op::VecInsertHalf => {
-                let half = self.vector_operand(2, first(16))?;
-                let high = self.fetch(3)? & 1 != 0;
-                let mut value = loaded;
-                let half = half.get(..16).unwrap_or_default();
-                overlay(&mut value, if high { 16 } else { 0 }, half);
-                (value, 32)
+            Op::VecInsert => {
+                let len = self.operand(2).size();
+                let element = self.vector_operand(2, first(len))?;
+                let at = self.element_at(3, size, len)?;
+                overlay(
+                    &mut value,
+                    at,
+                    element.get(..len.into()).unwrap_or_default(),
+                );
+                size
             }
-            _ => return Err(Step::Unsupported),
+            _ => size,
         };
         let mut result = [0; 64];
         let mut written = first(len);
@@ -246,11 +260,9 @@ impl<M: Machine> Run<'_, M> {
                 self.memory(mem, 0, Intent::Write)?;
                 (source, chosen(&by, mem.size, 1))
             }
-            Op::VecStoreHigh => (shifted_down(&source, 8), first(8)),
-            Op::VecExtractHalf => {
-                let high = self.fetch(2)? & 1 != 0;
-                let at = if high { 16 } else { 0 };
-                (shifted_down(&source, at), first(16))
+            Op::VecExtract => {
+                let at = self.element_at(2, self.operand(1).size(), mem.size)?;
+                (shifted_down(&source, at), self.moved(mem.size))
             }
             _ => return Err(Step::Unsupported),
         };
@@ -318,6 +330,22 @@ impl<M: Machine> Run<'_, M> {
             )?;
         }
         Ok(())
+    }
+
+    /// LDMXCSR and STMXCSR. SDM 2A "LDMXCSR": #GP for a reserved bit.
+    pub(super) fn mxcsr(&mut self) -> Outcome<()> {
+        self.check_enabled()?;
+        if self.insn.op == Op::Stmxcsr {
+            let value = self.machine.mxcsr();
+            let destination = self.place(0, Intent::Write)?;
+            return self.put(&destination, value.into());
+        }
+        let value = self.fetch(0)? as u32;
+        if self.machine.set_mxcsr(value) {
+            Ok(())
+        } else {
+            Self::fault(Exception::PROTECTION)
+        }
     }
 
     /// MMX moves and MASKMOVQ. MASKMOVQ and MASKMOVDQU fault for bytes they do not

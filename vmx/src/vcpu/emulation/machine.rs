@@ -311,8 +311,12 @@ impl<H: Host> Machine for Virtual<'_, H> {
         tables.get(table as usize).copied().unwrap_or_default()
     }
 
-    fn set_table(&mut self, table: Table, base: u64, limit: u16) {
-        self.reload.set_table(table, base, limit);
+    fn set_table(&mut self, table: Table, state: SegmentState) {
+        self.reload.set_table(table, state);
+    }
+
+    fn load_status(&mut self, status: u16) {
+        self.reload.set_status(status);
     }
 
     fn long_mode(&self) -> bool {
@@ -329,6 +333,14 @@ impl<H: Host> Machine for Virtual<'_, H> {
 
     fn set_vector(&mut self, index: u8, value: &VectorBytes) {
         self.extended.set_vector(index, value);
+    }
+
+    fn mxcsr(&self) -> u32 {
+        self.extended.fx().mxcsr
+    }
+
+    fn set_mxcsr(&mut self, value: u32) -> bool {
+        self.extended.set_mxcsr(value)
     }
 
     fn opmask(&self, index: u8) -> u64 {

@@ -42,12 +42,7 @@ pub fn register<H: Host>(
             let value = inner.modes.cr0(current) & !Cr0::TS.bits();
             inner.modes.guest_write_cr0(current, value)
         }
-        CrAccess::Lmsw { source } => {
-            // LMSW sets PE but cannot clear it: SDM vol. 2, "LMSW".
-            let old = inner.modes.cr0(current);
-            let new = (old & !0xe) | (u64::from(source) & 0xf);
-            inner.modes.guest_write_cr0(current, new)
-        }
+        CrAccess::Lmsw { source } => inner.modes.load_status(current, source),
     };
     match result {
         Ok(consequences) => {
