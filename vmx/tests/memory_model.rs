@@ -491,10 +491,43 @@ impl Bench {
                 );
             }
         }
+        if !self.host.pins() {
+            self.check_large();
+        }
         assert!(mapped.last().is_none_or(|last| *last < GUEST_PAGES));
         let counts = self.space.statistics();
         assert_eq!(counts.leaves, leaves);
         assert_eq!(counts.tables as usize, tables.len());
+    }
+
+    /// Where a large leaf can be there are no small ones.
+    fn check_large(&self) {
+        for group in (0..GUEST_PAGES).step_by(GROUP as usize) {
+            let pages = group..group + GROUP;
+            let Some(first) = self.model.pages.get(&group) else {
+                continue;
+            };
+            let one_slot = first.client % GROUP == 0
+                && self.model.barrier(group).is_none()
+                && pages.clone().all(|page| {
+                    let here = self.model.pages.get(&page);
+                    here.is_some_and(|here| first.continues_at(page - group, here))
+                });
+            let whole = |page: u64| {
+                let backing = self.host.backing(first.client + page - group);
+                backing.is_some_and(|backing| backing.shift == 21)
+            };
+            if !one_slot || !pages.clone().all(whole) {
+                continue;
+            }
+            for page in pages {
+                let found = self.host.translate(self.space.eptp(), page * PAGE);
+                assert!(
+                    found.is_none_or(|(_, entry)| entry & 0x80 != 0),
+                    "page {page:#x} has a leaf of its own where a large one can be"
+                );
+            }
+        }
     }
 
     /// Ends the VM: every page comes back.

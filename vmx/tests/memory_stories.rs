@@ -14,7 +14,7 @@ use haxm_vmx::arch::addr::{Gpa, Hva};
 use haxm_vmx::arch::ept::EptVpidCaps;
 use haxm_vmx::memory::{Access, AccessError, AddressSpace, FaultOutcome, Reserve};
 use memory_host::access::{back, fault, frame_at};
-use memory_host::{Allocator, Backing, FakeHost, PAGE};
+use memory_host::{Allocator, FakeHost, PAGE};
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
@@ -255,85 +255,6 @@ fn protection_works_in_groups_of_two_megabytes() {
         fault(&space, 4 * MB, Access::FETCH),
         Ok(FaultOutcome::Mapped)
     );
-}
-
-#[test]
-fn leaves_are_as_large_as_host_processor_and_slot_allow() {
-    for (caps, expected) in [
-        (ALL, [0, 0, 1]),
-        (EptVpidCaps::PAGE_2M, [0, 1, 0]),
-        (EptVpidCaps::empty(), [1, 0, 0]),
-    ] {
-        let host = FakeHost::new(1);
-        let space = AddressSpace::new(&host, caps, 48).unwrap();
-        // One touched page is all that the test needs backed.
-        let page = 0x12345;
-        let backing = Backing {
-            frame: 0x4_0000 * 9 + page,
-            writable: true,
-            shift: 30,
-        };
-        host.back(GB / PAGE * 3 + page, backing);
-        space.add_ram_block(Hva(3 * GB), GB).unwrap();
-        space.set_ram(5 * GB, GB, 3 * GB, 0).unwrap();
-        let found = frame_at(&host, &space, 5 * GB + page * PAGE);
-        assert_eq!(found, Some(backing.frame));
-        assert_eq!(space.statistics().leaves, expected);
-        // A slot that is off by a page cannot have a large leaf.
-        space.set_ram(5 * GB, GB - PAGE, 3 * GB + PAGE, 0).unwrap();
-        let found = frame_at(&host, &space, 5 * GB + (page - 1) * PAGE);
-        assert_eq!(found, Some(backing.frame));
-        assert_eq!(space.statistics().leaves, [1, 0, 0]);
-    }
-}
-
-#[test]
-fn a_large_leaf_gives_way_to_small_ones_and_comes_back() {
-    let (host, space) = machine();
-    let large = |frame: u64| {
-        move |page: u64| Backing {
-            frame: frame + page,
-            writable: true,
-            shift: 21,
-        }
-    };
-    back(&host, GB, 4 * MB, 0x10_0000, 21);
-    space.add_ram_block(Hva(GB), 4 * MB).unwrap();
-    space.set_ram(0, 4 * MB, GB, 0).unwrap();
-    frame_at(&host, &space, MB).unwrap();
-    assert_eq!(space.statistics().leaves, [0, 1, 0]);
-    // One page becomes ROM: the rest is mapped by small leaves.
-    space.set_ram(PAGE, PAGE, GB + PAGE, ROM).unwrap();
-    frame_at(&host, &space, PAGE).unwrap();
-    frame_at(&host, &space, MB).unwrap();
-    assert_eq!(space.statistics().leaves, [2, 0, 0]);
-    // RAM again: a fault finds that a large leaf will do, and takes the small
-    // ones away.
-    space.set_ram(PAGE, PAGE, GB + PAGE, 0).unwrap();
-    assert_eq!(space.statistics().slots, 1);
-    frame_at(&host, &space, 7 * PAGE).unwrap();
-    assert_eq!(space.statistics().leaves, [0, 1, 0]);
-    assert_eq!(space.statistics().tables, 3);
-    // The host takes one page out of the middle (MADV_DONTNEED).
-    let first = GB / PAGE;
-    host.change(first + 9, first + 10, |process| {
-        for page in 0..512 {
-            process.get_mut(&(first + page)).unwrap().shift = 12;
-        }
-        process.get_mut(&(first + 9)).unwrap().frame = 0x77;
-    });
-    assert_eq!(space.statistics().tables, 1);
-    assert_eq!(frame_at(&host, &space, 9 * PAGE), Some(0x77));
-    assert_eq!(frame_at(&host, &space, 8 * PAGE), Some(0x10_0008));
-    // It makes one piece of it again (khugepaged).
-    host.change(first, first + 512, |process| {
-        let new = large(0x20_0000);
-        for page in 0..512 {
-            process.insert(first + page, new(page));
-        }
-    });
-    assert_eq!(frame_at(&host, &space, 9 * PAGE), Some(0x20_0009));
-    assert_eq!(space.statistics().leaves, [0, 1, 0]);
 }
 
 #[test]

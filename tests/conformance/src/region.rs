@@ -24,6 +24,14 @@ pub struct Pattern {
     pub step: u64,
 }
 
+impl Pattern {
+    /// The same from this byte on, a multiple of 8.
+    pub const fn from(self, offset: u64) -> Self {
+        let first = self.first.wrapping_add(self.step.wrapping_mul(offset / 8));
+        Self { first, ..self }
+    }
+}
+
 /// Memory of this process, not populated.
 pub struct Region {
     mapping: u64,

@@ -57,14 +57,15 @@ impl Swept {
 
     /// The guest finds one pattern everywhere and leaves the other one.
     pub fn sweep(&self, found: Pattern, left: Pattern) -> Result<()> {
-        self.sweep_start(self.region.size(), found, left)
+        self.sweep_part(0, self.region.size(), found, left)
     }
 
-    /// The same of the first `size` bytes.
-    pub fn sweep_start(&self, size: u64, found: Pattern, left: Pattern) -> Result<()> {
+    /// The same of `size` bytes from `offset` on.
+    pub fn sweep_part(&self, offset: u64, size: u64, found: Pattern, left: Pattern) -> Result<()> {
+        let (found, left) = (found.from(offset), left.from(offset));
         self.machine.set(|state| {
             state.rip = self.machine.mode.entry();
-            (state.rdi, state.rcx) = (self.gpa, size / 8);
+            (state.rdi, state.rcx) = (self.gpa + offset, size / 8);
             (state.rax, state.rbx) = (found.first, found.step);
             (state.rdx, state.rsi) = (left.first, left.step);
         })?;
@@ -116,6 +117,7 @@ pub struct Counters {
     pub leaves: [u64; 3],
     pub tables: u64,
     pub flushes: u64,
+    pub merges: u64,
 }
 
 /// The kernel's log.
@@ -132,7 +134,7 @@ impl KernelLog {
         Ok(Self(file))
     }
 
-    /// The counters in the line that has `name` in it: `12 slots, leaves 100/3/0, 9 tables, 4 flushes`.
+    /// The counters in the line that has `name` in it: `12 slots, leaves 100/3/0, 9 tables, 4 flushes, 1 merges`.
     fn counters(mut self, name: &str) -> Result<Counters> {
         let mut record = [0; 1024];
         // A read gives one record, and fails after the last one.
@@ -149,13 +151,14 @@ impl KernelLog {
                 .split(|c: char| !c.is_ascii_digit())
                 .filter_map(|word| word.parse().ok())
                 .collect();
-            let [_, small, large, huge, tables, flushes] = numbers.as_slice() else {
+            let [_, small, large, huge, tables, flushes, merges] = numbers.as_slice() else {
                 anyhow::bail!("cannot make sense of '{counters}'");
             };
             return Ok(Counters {
                 leaves: [*small, *large, *huge],
                 tables: *tables,
                 flushes: *flushes,
+                merges: *merges,
             });
         }
         anyhow::bail!("the driver logs no '{name}'")

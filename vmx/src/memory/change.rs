@@ -6,6 +6,8 @@
 //! only then lets go of what was there before. A call that fails has changed
 //! nothing.
 
+use core::sync::atomic::Ordering;
+
 use abi::ram::{RamFlags, RamPermissions};
 
 use crate::Error;
@@ -160,9 +162,12 @@ impl<H: Host> Inner<H> {
         let mut grave = Graveyard::new();
         let mut core = self.core.lock();
         let left = core.slots.change(range.start, range.end, slot, spare);
-        if core.ept.clear(range.start, range.end, &mut grave) {
+        let cleared = core.ept.clear(range.start, range.end, &mut grave);
+        let merges = core.merge(range, &mut grave);
+        if cleared || merges != 0 {
             self.presence.advance();
         }
+        self.counters.merges.fetch_add(merges, Ordering::Relaxed);
         core.invalidations.advance();
         drop(core);
         self.finish_flush();

@@ -1,5 +1,7 @@
 //! How a guest's touch of a page becomes an EPT entry.
 
+use core::sync::atomic::Ordering;
+
 use crate::Error;
 use crate::arch::addr::{Gpa, Hva, PAGE_SHIFT, PAGE_SIZE, Pfn};
 use crate::host::{Host, HostFrame, Lending, UserFault, UserSpace};
@@ -205,6 +207,7 @@ impl<H: Host> Inner<H> {
             size,
             frame: Pfn(frame.frame.0 & pages.wrapping_neg()),
             write: frame.writable && !slot.rom,
+            piece: frame.shift,
         };
         match core.ept.install(gpa, leaf, reserve, &self.counters) {
             Install::Done => {
@@ -219,10 +222,17 @@ impl<H: Host> Inner<H> {
                 FaultOutcome::Mapped
             }
             Install::Short => FaultOutcome::Retry,
-            Install::Conflict { start, end } => {
+            Install::Conflict {
+                start,
+                end,
+                smaller,
+            } => {
                 if core.ept.clear(start, end, &mut grave) {
                     self.presence.advance();
                 }
+                self.counters
+                    .merges
+                    .fetch_add(smaller.into(), Ordering::Relaxed);
                 drop(core);
                 self.finish_flush();
                 grave.bury(&self.counters);

@@ -21,6 +21,7 @@ mod change;
 mod ept;
 mod fault;
 mod invalidate;
+mod merge;
 mod pin;
 pub mod presence;
 mod protect;
@@ -140,6 +141,8 @@ pub struct Statistics {
     pub leaves: [u64; 3],
     /// Pages of the client's memory that are pinned.
     pub pinned: u64,
-    /// Times a translation was taken away (the flush generation).
+    /// Times a translation was taken away or aged (the flush generation).
     pub flushes: u64,
+    /// Times that leaves were taken away because a larger one can be there.
+    pub merges: u64,
 }

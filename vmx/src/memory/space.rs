@@ -188,6 +188,7 @@ impl<H: Host> AddressSpace<H> {
                 .map(|count| count.load(Ordering::Relaxed)),
             pinned: self.inner.core.lock().pins.pages(),
             flushes: self.inner.presence.generation(),
+            merges: counters.merges.load(Ordering::Relaxed),
         }
     }
 

@@ -199,11 +199,12 @@ impl<H: Host> Drop for Guest<H> {
         let memory = self.memory.statistics();
         let [small, large, huge] = memory.leaves;
         log::info!(
-            "VM {}: memory: {} slots, leaves {small}/{large}/{huge}, {} tables, {} flushes",
+            "VM {}: memory: {} slots, leaves {small}/{large}/{huge}, {} tables, {} flushes, {} merges",
             self.membership.number(),
             memory.slots,
             memory.tables,
-            memory.flushes
+            memory.flushes,
+            memory.merges
         );
     }
 }

@@ -24,6 +24,13 @@ pub(crate) struct Page {
     block: u64,
 }
 
+impl Page {
+    /// Whether `other`, so many pages further, is in the same slot.
+    pub(crate) fn continues_at(&self, pages: u64, other: &Self) -> bool {
+        self.client + pages == other.client && self.rom == other.rom && self.block == other.block
+    }
+}
+
 /// What HAXM's interface promises, page by page.
 #[derive(Default)]
 pub(crate) struct Model {
@@ -177,12 +184,8 @@ impl Model {
         let mut runs = 0;
         let mut before: Option<(u64, Page)> = None;
         for (page, mapped) in &self.pages {
-            let goes_on = before.is_some_and(|(last, old)| {
-                last + 1 == *page
-                    && old.client + 1 == mapped.client
-                    && old.rom == mapped.rom
-                    && old.block == mapped.block
-            });
+            let goes_on =
+                before.is_some_and(|(last, old)| last + 1 == *page && old.continues_at(1, mapped));
             runs += usize::from(!goes_on);
             before = Some((*page, *mapped));
         }

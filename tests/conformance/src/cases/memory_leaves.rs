@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use abi::ram::RamFlags;
 use anyhow::ensure;
 
 use super::{Case, Outcome};
@@ -17,6 +18,8 @@ pub const CASES: &[Case] = &[
     case!(large_leaves),
     case!(huge_leaf),
     case!(large_page_split_and_collapsed),
+    case!(large_again_after_rom),
+    case!(large_again_after_protection),
 ];
 
 /// Pages in 4 KB: the tables take at most 0.3 % of guest RAM.
@@ -136,5 +139,62 @@ fn large_page_split_and_collapsed() -> Outcome {
         "not large again: {counters:?}"
     );
     ensure!(counters.flushes >= BUFFER / LARGE, "{counters:?}");
+    Ok(())
+}
+
+/// One page of each large one is ROM for a while. The guest then touches none but pages that had small leaves all the
+/// time, and gets the large ones again.
+fn large_again_after_rom() -> Outcome {
+    let _setting = large_pages()?;
+    let host = Swept::buffer()?;
+    host.region.advise(0, BUFFER, libc::MADV_HUGEPAGE)?;
+    host.region.fill(pattern(20));
+    let rom = |on: bool| -> Outcome {
+        for large in 0..BUFFER / LARGE {
+            let at = large * LARGE + LARGE / 2;
+            let flags = if on { RamFlags::ROM } else { RamFlags::empty() };
+            let va = host.region.address() + at;
+            host.machine.vm.set_ram2(GPA + at, PAGE, flags.bits(), va)?;
+        }
+        Ok(())
+    };
+    // Of each large page the first half.
+    let halves = || -> Outcome {
+        for large in 0..BUFFER / LARGE {
+            host.sweep_part(large * LARGE, LARGE / 2, pattern(20), pattern(20))?;
+        }
+        Ok(())
+    };
+    rom(true)?;
+    halves()?;
+    rom(false)?;
+    halves()?;
+    host.region.check(pattern(20))?;
+    let counters = host.finish()?;
+    same!(counters.merges, BUFFER / LARGE, "{counters:?}");
+    ensure!(
+        counters.leaves[1] == BUFFER / LARGE && counters.leaves[0] <= 512,
+        "{counters:?}"
+    );
+    Ok(())
+}
+
+/// The same with protection, which takes the whole 2 MB away.
+fn large_again_after_protection() -> Outcome {
+    let _setting = large_pages()?;
+    let host = Swept::buffer()?;
+    host.region.advise(0, BUFFER, libc::MADV_HUGEPAGE)?;
+    host.both_sides(22, || {
+        for flags in [0, 7] {
+            host.machine.vm.protect_ram(GPA + 5 * PAGE, PAGE, flags)?;
+        }
+        Ok(())
+    })?;
+    host.sweep(pattern(22), pattern(22))?;
+    let counters = host.finish()?;
+    ensure!(
+        counters.leaves[1] == BUFFER / LARGE && counters.leaves[0] <= 512,
+        "{counters:?}"
+    );
     Ok(())
 }

@@ -216,7 +216,7 @@ fn what_the_guest_uses_stays() -> Outcome {
     MemoryGroup::reclaim(PAGE * 16);
     let (mut lost, mut gone, mut rounds) = (0, 0, 0);
     while gone < (BUFFER - HOT) / PAGE / 2 {
-        host.sweep_start(HOT, pattern(12), pattern(12))?;
+        host.sweep_part(0, HOT, pattern(12), pattern(12))?;
         MemoryGroup::reclaim(PAGE * 64);
         let (hot, cold) = swapped()?;
         (lost, gone, rounds) = (lost + hot as u64, cold as u64, rounds + 1);

@@ -77,6 +77,9 @@ pub(super) struct Leaf {
     /// The first page of it.
     pub(super) frame: Pfn,
     pub(super) write: bool,
+    /// log2 of the bytes that the host has in one piece there, aligned alike on
+    /// its side: as much as the leaf, or more.
+    pub(super) piece: u32,
 }
 
 impl Leaf {
@@ -97,7 +100,12 @@ pub(super) enum Install {
     /// flushed first (SDM 29.4.3.4 "Guidelines for Use of the INVEPT
     /// Instruction": an entry is not changed from one page size or address to
     /// another under a processor that may use both).
-    Conflict { start: u64, end: u64 },
+    Conflict {
+        start: u64,
+        end: u64,
+        /// It is smaller leaves.
+        smaller: bool,
+    },
     /// The reserve has too few tables.
     Short,
 }
@@ -158,6 +166,8 @@ pub(super) struct Counters {
     pub(super) tables: AtomicU64,
     /// By level: 4 KB, 2 MB, 1 GB.
     pub(super) leaves: [AtomicU64; 3],
+    /// Times that leaves gave way to a larger one.
+    pub(super) merges: AtomicU64,
 }
 
 impl Counters {
@@ -354,7 +364,7 @@ impl<H: Host> Ept<H> {
             };
             if slot.is_none() {
                 if entry != 0 {
-                    return conflict(gpa, level);
+                    return conflict(gpa, level, false);
                 }
                 let Some(fresh) = reserve.take(level.wrapping_sub(1)) else {
                     return Install::Short;
@@ -370,6 +380,12 @@ impl<H: Host> Ept<H> {
                 return Install::Short;
             };
             table = child;
+            table.in_one_piece = shift_of(level) <= leaf.piece
+                && match level {
+                    2 => self.large,
+                    3 => self.huge,
+                    _ => false,
+                };
             level = level.wrapping_sub(1);
         }
         write_leaf(table, gpa, leaf, counters)
@@ -400,12 +416,26 @@ impl<H: Host> Ept<H> {
                 size: LeafSize::Small,
                 frame,
                 write: write && page.is_writable(),
+                piece: PAGE_SHIFT,
             };
             table.set(index, leaf.bits());
             written = written.wrapping_add(1);
         }
         table.live = table.live.wrapping_add(written);
         counters.add(1, written.into());
+    }
+
+    /// Whether there are smaller leaves at `gpa` where the host had enough in one
+    /// piece for a leaf of this size.
+    pub(super) fn is_split(&self, gpa: u64, size: LeafSize) -> bool {
+        let mut table = &self.root;
+        for level in (size.level()..=ROOT_LEVEL).rev() {
+            match table.children.get(index_of(gpa, level)) {
+                Some(Some(child)) => table = child,
+                _ => return false,
+            }
+        }
+        table.in_one_piece
     }
 
     /// The table that has the 4 KB leaf of `gpa`, if it is there.
@@ -424,12 +454,13 @@ impl<H: Host> Ept<H> {
     }
 }
 
-fn conflict(gpa: Gpa, level: u32) -> Install {
+fn conflict(gpa: Gpa, level: u32, smaller: bool) -> Install {
     let bytes = 1u64.wrapping_shl(shift_of(level));
     let start = gpa.0 & bytes.wrapping_neg();
     Install::Conflict {
         start,
         end: start.wrapping_add(bytes),
+        smaller,
     }
 }
 
@@ -446,7 +477,7 @@ fn write_leaf<H: Host>(table: &mut Table<H>, gpa: Gpa, leaf: Leaf, counters: &Co
     }
     let is_table = matches!(table.children.get(index), Some(Some(_)));
     if is_table || (old ^ new) & ADDRESS_MASK != 0 {
-        return conflict(gpa, level);
+        return conflict(gpa, level, is_table);
     }
     // The same page with more rights: a processor that still has the old
     // translation faults, and that drops it (SDM 29.4.3.1). Rights that the

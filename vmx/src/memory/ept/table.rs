@@ -21,6 +21,9 @@ pub(super) struct Table<H: Host> {
     pub(super) children: Vec<Option<Box<Self>>>,
     /// Entries that are not zero.
     pub(super) live: u16,
+    /// The host had all that the table covers in one piece, good for one leaf,
+    /// when something was mapped here last.
+    pub(super) in_one_piece: bool,
     /// Chains tables that are out of use and wait to be freed.
     pub(super) next: Option<Box<Self>>,
 }
@@ -42,6 +45,7 @@ impl<H: Host> Table<H> {
             page: OwnedPage::new(host)?,
             children,
             live: 0,
+            in_one_piece: false,
             next: None,
         })
     }
