@@ -347,6 +347,10 @@ impl Bench {
             // Where it faults this processor has done a part already: the return
             // address of CALL, some registers of POPA, pushes of ENTER. Ours has done nothing.
             let partial = matches!(case.insn.op, Op::Call | Op::Pusha | Op::Popa | Op::Enter);
+            // BOUND may read both bounds at once.
+            let half = |(at, len, _): &(u64, u8, bool)| at & 0x7ff > 0x800 - 2 * u64::from(*len);
+            let split = case.insn.op == Op::Bound && !is_intel() && ours.noted.iter().any(half);
+            let partial = partial || split;
             // Which of two operands faults first, and the flags then.
             let partial = partial || matches!(case.insn.op, Op::Cmps | Op::Scas) && !is_intel();
             if partial || exception.cr2.is_some_and(|at| foreign(at) || wraps(at)) {
