@@ -532,3 +532,48 @@ fn the_instruction_pointer_wraps_at_four_gigabytes() {
         assert_eq!(fake.rip, wanted);
     }
 }
+
+/// One element goes into a register, or out of one, where the instruction says; the rest stays.
+#[test]
+fn elements_of_vectors() {
+    let pattern: Vec<u8> = (0x80..0xc0).collect();
+    // Code, and the bytes of the register that change.
+    let insertions: [(&[u8], std::ops::Range<usize>); 7] = [
+        // pinsrb, pinsrw, pinsrd, pinsrq xmm0, [rbx], number; bits beyond the last element mean nothing.
+        (&[0x66, 0x0f, 0x3a, 0x20, 0x03, 0xf5], 5..6),
+        (&[0x66, 0x0f, 0xc4, 0x03, 0x0e], 12..14),
+        (&[0x66, 0x0f, 0x3a, 0x22, 0x03, 0x07], 12..16),
+        (&[0x66, 0x48, 0x0f, 0x3a, 0x22, 0x03, 0x01], 8..16),
+        // movlps, movhps.
+        (&[0x0f, 0x12, 0x03], 0..8),
+        (&[0x0f, 0x16, 0x03], 8..16),
+        // vinserti32x4 zmm0, zmm0, [rbx], 2.
+        (&[0x62, 0xf3, 0x7d, 0x48, 0x38, 0x03, 2], 32..48),
+    ];
+    for (code, place) in insertions {
+        let mut fake = machine(Mode::Bits64);
+        fake.poke(PAGE, &pattern);
+        fake.vectors = [[0x11; 64]; 32];
+        let mut wanted = [0x11; 64];
+        wanted[place.clone()].copy_from_slice(&pattern[..place.len()]);
+        assert_eq!(run(&mut fake, Mode::Bits64, code), Step::Done);
+        assert_eq!(fake.vector(0), wanted, "{code:02x?}");
+    }
+    let extractions: [(&[u8], std::ops::Range<usize>); 6] = [
+        (&[0x66, 0x0f, 0x3a, 0x14, 0x03, 0x1d], 13..14),
+        (&[0x66, 0x0f, 0x3a, 0x15, 0x03, 0x03], 6..8),
+        (&[0x66, 0x0f, 0x3a, 0x16, 0x03, 0x02], 8..12),
+        (&[0x66, 0x0f, 0x3a, 0x17, 0x03, 0x03], 12..16),
+        (&[0x0f, 0x17, 0x03], 8..16),
+        // vextracti64x4 [rbx], zmm0, 1.
+        (&[0x62, 0xf3, 0xfd, 0x48, 0x3b, 0x03, 1], 32..64),
+    ];
+    for (code, place) in extractions {
+        let mut fake = machine(Mode::Bits64);
+        fake.vectors[0].copy_from_slice(&pattern);
+        assert_eq!(run(&mut fake, Mode::Bits64, code), Step::Done);
+        let mut wanted = pattern[place.clone()].to_vec();
+        wanted.extend([0; 8]);
+        assert_eq!(fake.peek(PAGE, wanted.len()), wanted, "{code:02x?}");
+    }
+}

@@ -17,6 +17,7 @@ mod shift;
 mod simd;
 mod stack;
 mod string;
+mod system;
 
 use super::Step;
 use super::insn::{Insn, Op, Operand};
