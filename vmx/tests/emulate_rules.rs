@@ -533,6 +533,22 @@ fn the_instruction_pointer_wraps_at_four_gigabytes() {
     }
 }
 
+/// A masked extraction faults for all of its operand, a masked move only for what it moves.
+#[test]
+fn a_mask_hides_no_fault_of_an_extraction() {
+    // vextracti32x4 [rbx] {k1}, zmm0, 0; vmovdqu32 [rbx] {k1}, xmm0. The second half lies in no page.
+    let extract: &[u8] = &[0x62, 0xf3, 0x7d, 0x49, 0x39, 0x03, 0];
+    let store: &[u8] = &[0x62, 0xf1, 0x7e, 0x09, 0x7f, 0x03];
+    for (code, faults) in [(extract, true), (store, false)] {
+        let mut fake = machine(Mode::Bits64);
+        fake.gpr[Gpr::Rbx.number()] = PAGE + 0x2000 - 8;
+        fake.opmasks[1] = 3;
+        let step = run(&mut fake, Mode::Bits64, code);
+        let fault = matches!(step, Step::Fault(Exception { vector: 14, .. }));
+        assert_eq!(fault, faults, "{code:02x?}: {step:?}");
+    }
+}
+
 /// One element goes into a register, or out of one, where the instruction says; the rest stays.
 #[test]
 fn elements_of_vectors() {

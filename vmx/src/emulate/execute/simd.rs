@@ -261,6 +261,8 @@ impl<M: Machine> Run<'_, M> {
                 (source, chosen(&by, mem.size, 1))
             }
             Op::VecExtract => {
+                // SDM 2A 2.8, class E6NF: a mask suppresses no fault.
+                self.memory(mem, 0, Intent::Write)?;
                 let at = self.element_at(2, self.operand(1).size(), mem.size)?;
                 (shifted_down(&source, at), self.moved(mem.size))
             }
