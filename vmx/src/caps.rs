@@ -3,8 +3,10 @@
 //! The requirements read top to bottom in [`examine`]; each refusal has a
 //! name that ends in the log and decides what user space is told.
 
+mod counters;
 mod speculation;
 
+pub use counters::{Counters, MAX_COUNTERS};
 pub use speculation::Speculation;
 
 use crate::arch::control::{Entry, Exit, Pin, Primary, Secondary};
@@ -149,6 +151,8 @@ pub struct Caps {
     pub has_ibpb: bool,
     /// What the processor gives away, and how that is held back.
     pub speculation: Speculation,
+    /// Performance counters for guests.
+    pub counters: Counters,
     /// XSAVES and XRSTORS work in a guest, whose IA32_XSS is 0 like the host's.
     pub has_xsaves: bool,
     /// Bits of a physical address, CPUID.80000008H:EAX\[7:0\].
@@ -258,14 +262,15 @@ const EXIT: Wanted = Wanted {
         | Exit::LOAD_PAT.bits()
         | Exit::SAVE_DEBUG_CONTROLS.bits(),
     optional: 0,
-    forbidden: Exit::ACKNOWLEDGE_INTERRUPT.bits(),
+    // The other one is for guests that count: `vcpu::pmu`.
+    forbidden: Exit::ACKNOWLEDGE_INTERRUPT.bits() | Exit::LOAD_PERF_GLOBAL_CTRL.bits(),
 };
 
 const ENTRY: Wanted = Wanted {
     word: "VM-entry",
     required: Entry::LOAD_DEBUG_CONTROLS.bits() | Entry::LOAD_EFER.bits() | Entry::LOAD_PAT.bits(),
     optional: 0,
-    forbidden: Entry::IA32E_MODE_GUEST.bits(),
+    forbidden: Entry::IA32E_MODE_GUEST.bits() | Entry::LOAD_PERF_GLOBAL_CTRL.bits(),
 };
 
 /// Bits that EPT itself needs: a 4-level walk of write-back tables, and INVEPT.
@@ -374,6 +379,9 @@ pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
     let exit = settle(&EXIT, exit_caps)?;
     let entry_caps = word(msr::IA32_VMX_ENTRY_CTLS, msr::IA32_VMX_TRUE_ENTRY_CTLS);
     let entry = settle(&ENTRY, entry_caps)?;
+    let switches_counters = has_ept
+        && exit_caps.allowed() & Exit::LOAD_PERF_GLOBAL_CTRL.bits() != 0
+        && entry_caps.allowed() & Entry::LOAD_PERF_GLOBAL_CTRL.bits() != 0;
     let physical_bits = if extended >= 0x8000_0008 {
         (cpu.cpuid(0x8000_0008, 0).eax & 0xff) as u8
     } else {
@@ -394,6 +402,7 @@ pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
         cr4_fixed1: read(msr::IA32_VMX_CR4_FIXED1),
         has_ibpb: cpu.cpuid(0, 0).eax >= 7 && cpu.cpuid(7, 0).edx & (1 << 26) != 0,
         speculation: Speculation::examine(cpu),
+        counters: Counters::examine(cpu, switches_counters),
         has_xsaves,
         physical_bits,
     })

@@ -22,10 +22,10 @@ pub enum LockClass {
     Devices,
     /// The table of VMs and the use count of VMX operation (sleeping).
     Hypervisor,
-    /// A VM's list of vCPUs and its CPUID table (sleeping).
-    Vm,
     /// A vCPU, held for a whole RUN (sleeping).
     Vcpu,
+    /// A VM's CPUID table, which a vCPU copies (sleeping).
+    Vm,
     /// Writers of a VM's memory map (sleeping).
     MemoryMap,
     /// A copy to or from guest memory in flight, one of several per VM

@@ -15,8 +15,8 @@ const fn name(class: LockClass) -> &'static CStr {
     match class {
         LockClass::Devices => c"haxm: devices",
         LockClass::Hypervisor => c"haxm: hypervisor",
-        LockClass::Vm => c"haxm: vm",
         LockClass::Vcpu => c"haxm: vcpu",
+        LockClass::Vm => c"haxm: vm",
         LockClass::MemoryMap => c"haxm: memory map",
         LockClass::GuestCopy => c"haxm: guest copy",
         LockClass::Ept => c"haxm: ept",

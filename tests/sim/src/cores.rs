@@ -219,8 +219,7 @@ impl Cores {
             t.last.set(cpu);
         });
         let mut state = inner.state();
-        let registers = state.cpus[cpu].host_registers();
-        state.cpus[cpu].at_pin = Some(registers);
+        state.cpus[cpu].pin();
     }
 
     /// Gives the processor up, if nothing keeps this thread on it.
@@ -303,8 +302,7 @@ impl Cores {
         if slots[cpu].owner.is_none() {
             slots[cpu].owner = Some(me);
             drop(slots);
-            let registers = inner.state().cpus[cpu].host_registers();
-            inner.state().cpus[cpu].at_pin = Some(registers);
+            inner.state().cpus[cpu].pin();
             thread(|t| t.borrowed.set(Some(cpu)));
             Self::run_here(run);
             thread(|t| t.borrowed.set(None));
@@ -384,6 +382,11 @@ impl Inner {
                     ));
                 }
             }
+        }
+        if let Some(n) = state.cpus[cpu].lent_counter() {
+            state.finding(format!(
+                "the host's performance counter {n} is not put back on processor {cpu}"
+            ));
         }
         if state.cpus[cpu].foreign.is_some() {
             let current = state.cpus[cpu].current;

@@ -31,7 +31,15 @@ impl SimCpu {
         let _inside = fault::inside();
         use_machine(&self.inner);
         let cpu = self.inner.cores.current();
-        f(&self.inner.profile, &mut self.inner.state(), cpu)
+        let mut state = self.inner.state();
+        let counted = state.cpus[cpu].count_event(false);
+        if let Some(text) = counted.finding {
+            state.finding(text);
+        }
+        if counted.interrupt {
+            self.inner.cores.raise_nmi(cpu);
+        }
+        f(&self.inner.profile, &mut state, cpu)
     }
 
     /// The same for what only makes sense on a processor the thread cannot leave.
@@ -88,6 +96,12 @@ impl Processor {
     }
 
     pub(crate) fn write_msr(&mut self, profile: &Profile, number: u32, value: u64) -> bool {
+        if !self.msrs.contains_key(&number) {
+            return false;
+        }
+        if let Some(done) = self.write_counter_msr(number, value) {
+            return done;
+        }
         let Some(slot) = self.msrs.get_mut(&number) else {
             return false;
         };
@@ -356,7 +370,15 @@ impl Cpu for SimCpu {
     }
 
     unsafe fn raise_nmi(&self) {
-        self.with_pinned("INT 2", |_, state, _| state.counts.raise_nmi += 1);
+        self.with_pinned("INT 2", |_, state, cpu| {
+            state.counts.raise_nmi += 1;
+            // Its handler takes every counter for the host's.
+            if let Some(n) = state.cpus[cpu].lent_counter() {
+                state.finding(format!(
+                    "the host's NMI handler meets a guest's counter {n}"
+                ));
+            }
+        });
     }
 
     unsafe fn raise_machine_check(&self) {

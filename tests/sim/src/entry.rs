@@ -181,6 +181,10 @@ fn load_guest(state: &mut State, cpu: usize, pointer: u64) {
     if entry >> 14 & 1 != 0 {
         processor.msrs.insert(msr::IA32_PAT, vmcs.get(0x2804));
     }
+    if entry >> 13 & 1 != 0 {
+        let enabled = vmcs.get(0x2808);
+        processor.msrs.insert(msr::IA32_PERF_GLOBAL_CTRL, enabled);
+    }
 }
 
 /// Delivers an event: what it does to the guest besides its handler.
@@ -419,6 +423,7 @@ fn steps(
         if length > 0 {
             skip(inner, vmcs, rip, length);
             end_shadow(inner, vmcs, step.name);
+            count(inner, cpu);
         }
         if length > 0 && field(inner, vmcs, 0x4002) >> 27 & 1 != 0 {
             return ExitInfo {
@@ -427,6 +432,19 @@ fn steps(
             }
             .into();
         }
+    }
+}
+
+/// An instruction of the guest has retired.
+fn count(inner: &Inner, cpu: usize) {
+    let mut state = inner.state();
+    let counted = state.cpus[cpu].count_event(true);
+    if let Some(text) = counted.finding {
+        state.finding(text);
+    }
+    drop(state);
+    if counted.interrupt {
+        inner.cores.raise_nmi(cpu);
     }
 }
 
@@ -605,6 +623,9 @@ fn load_host(state: &mut State, cpu: usize, pointer: u64) {
     ];
     if controls >> 19 & 1 != 0 {
         load.push((msr::IA32_PAT, get(0x2c00)));
+    }
+    if controls >> 12 & 1 != 0 {
+        load.push((msr::IA32_PERF_GLOBAL_CTRL, get(0x2c04)));
     }
     processor.msrs.extend(load);
     let selector = |encoding| u16::try_from(get(encoding)).unwrap_or(0);

@@ -23,6 +23,7 @@ mod instructions;
 mod lock;
 mod machine;
 mod memory;
+mod pmu;
 mod profile;
 pub mod rig;
 mod step;

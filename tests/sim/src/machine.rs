@@ -13,6 +13,7 @@ use crate::cores::Cores;
 use crate::ept::Tlb;
 use crate::extended::Extended;
 use crate::memory::{Memory, Owner};
+use crate::pmu::Watch;
 use crate::profile::Profile;
 use crate::step::{Scripts, Step};
 use crate::user::Process;
@@ -115,6 +116,8 @@ pub(crate) struct Processor {
     pub(crate) host_extended: Option<(Extended, u64)>,
     /// Host registers when the current owner took the processor.
     pub(crate) at_pin: Option<HostRegisters>,
+    /// Its performance counters.
+    pub(crate) watch: Watch,
 }
 
 /// The host registers that must be the same when preemption is possible again.
@@ -139,7 +142,7 @@ const HOST_MSRS: &[(u32, &str)] = &[
     (msr::IA32_TSC_AUX, "IA32_TSC_AUX"),
     (msr::IA32_SPEC_CTRL, "IA32_SPEC_CTRL"),
     (msr::IA32_XSS, "IA32_XSS"),
-    (0x38f, "IA32_PERF_GLOBAL_CTRL"),
+    (msr::IA32_PERF_GLOBAL_CTRL, "IA32_PERF_GLOBAL_CTRL"),
 ];
 
 impl Processor {
@@ -190,7 +193,14 @@ impl Processor {
             in_guest: None,
             host_extended: None,
             at_pin: None,
+            watch: Watch::default(),
         }
+    }
+
+    /// A thread of the host takes the processor.
+    pub(crate) fn pin(&mut self) {
+        self.at_pin = Some(self.host_registers());
+        self.watch_counters();
     }
 
     /// What the host wants back. CR0.TS is the host's to change; the limit of

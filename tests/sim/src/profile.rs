@@ -73,16 +73,12 @@ fn common_msrs() -> BTreeMap<u32, u64> {
         (msr::IA32_FEATURE_CONTROL, 5),
         (msr::IA32_TSC_ADJUST, 0),
         (0x8b, 0x28_0000_0000),
-        (0xc1, 0),
-        (0xc2, 0),
         (0xfe, 0x508),
         (msr::IA32_SYSENTER_CS, 0x10),
         (msr::IA32_SYSENTER_ESP, 0xffff_8880_0000_1000),
         (msr::IA32_SYSENTER_EIP, 0xffff_ffff_8180_0000),
         (0x179, 0xc09),
         (0x17a, 0),
-        (0x186, 0),
-        (0x187, 0),
         (0x1a0, 0x85_0089),
         (msr::IA32_DEBUGCTL, 0),
         (msr::IA32_PAT, 0x0407_0105_0007_0106),
@@ -90,7 +86,9 @@ fn common_msrs() -> BTreeMap<u32, u64> {
         (0x309, 0),
         (0x38d, 0),
         (0x38e, 0),
-        (0x38f, 0x7_0000_0003),
+        (msr::IA32_PERF_GLOBAL_CTRL, 0x7_0000_000f),
+        (msr::IA32_PERF_CAPABILITIES, 0x31c3),
+        (msr::IA32_PEBS_ENABLE, 0),
         (0x390, 0),
         (msr::IA32_EFER, 0xd01),
         (msr::IA32_STAR, 0x0023_0010_0000_0000),
@@ -104,6 +102,13 @@ fn common_msrs() -> BTreeMap<u32, u64> {
     ]);
     for n in 0..16 {
         msrs.insert(0x200 + n, 0);
+    }
+    // The host counts cycles to find processors that are stuck.
+    for n in 0..4 {
+        let selector = if n == 0 { 0x53_003c } else { 0 };
+        msrs.insert(msr::IA32_PERFEVTSEL0 + n, selector);
+        msrs.insert(msr::IA32_PMC0 + n, 0xffff_8000_0001);
+        msrs.insert(msr::IA32_A_PMC0 + n, 0);
     }
     for n in [
         0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f,
@@ -287,6 +292,7 @@ impl Profile {
     #[must_use]
     pub fn no_unrestricted_guest() -> Self {
         let mut this = Self::haswell();
+        this = this.without_full_width_writes();
         this.name = "no_unrestricted_guest";
         this.msrs.remove(&0x491);
         this.msrs.extend([
@@ -428,6 +434,53 @@ impl Profile {
             Self::no_vpid(),
             Self::no_tpr_shadow(),
         ]
+    }
+
+    /// The same with performance counters of another version; 0: none.
+    #[must_use]
+    pub fn with_counters(mut self, version: u32) -> Self {
+        if let Some(leaf) = self.cpuid.get_mut(&(0xa, 0)) {
+            leaf.eax = if version == 0 {
+                0
+            } else {
+                leaf.eax & !0xff | version
+            };
+        }
+        if version < 2 {
+            let global = msr::IA32_PERF_GLOBAL_STATUS..=0x390;
+            self.msrs.retain(|number, _| !global.contains(number));
+            self = self.without_counter_switching();
+        }
+        if version == 0 {
+            let counters = |first| first..first + 4;
+            self.msrs.retain(|number, _| {
+                !counters(msr::IA32_PMC0).contains(number)
+                    && !counters(msr::IA32_PERFEVTSEL0).contains(number)
+                    && !counters(msr::IA32_A_PMC0).contains(number)
+                    && *number != msr::IA32_PEBS_ENABLE
+            });
+        }
+        self
+    }
+
+    /// VM entry and exit cannot load IA32_PERF_GLOBAL_CTRL.
+    #[must_use]
+    pub fn without_counter_switching(mut self) -> Self {
+        for (number, bit) in [(0x483, 12), (0x48f, 12), (0x484, 13), (0x490, 13)] {
+            if let Some(value) = self.msrs.get_mut(&number) {
+                *value &= !(1 << (bit + 32));
+            }
+        }
+        self
+    }
+
+    /// Counters take only 32 bits, and are extended by sign.
+    #[must_use]
+    pub fn without_full_width_writes(mut self) -> Self {
+        self.msrs.insert(msr::IA32_PERF_CAPABILITIES, 0x11c3);
+        let full = msr::IA32_A_PMC0..msr::IA32_A_PMC0 + 4;
+        self.msrs.retain(|number, _| !full.contains(number));
+        self
     }
 
     /// The value of an MSR at start; 0 if it is not there.

@@ -327,6 +327,9 @@ impl Rig {
             (0x6c10, get(0x175)),
             (0x6c12, get(0x176)),
         ];
+        if p.allows_exit(12) {
+            state.push((0x2c04, get(0x38f)));
+        }
         if p.allows_exit(19) {
             state.push((0x2c00, get(0x277)));
         }

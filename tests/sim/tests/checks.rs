@@ -68,7 +68,8 @@ fn fails(profile: Profile, check: Check, changes: &[Change]) {
 /// The core's own walk after a failure names one of the checks that failed.
 fn named_by_the_core(rig: &Rig, check: Check, failed: &[Check]) {
     use Check::{
-        ActivityBlocking, ActivityEvent, ActivityHltDpl, ActivityUnsupported, LinkPointer, MsrLoad,
+        ActivityBlocking, ActivityEvent, ActivityHltDpl, ActivityUnsupported, GuestPerfGlobalCtrl,
+        LinkPointer, MsrLoad,
     };
     let caps = vmx::caps::examine(rig.machine.host().cpu()).expect("a processor with VMX");
     let named = first_violated(|field| rig.read(field), &caps);
@@ -77,6 +78,7 @@ fn named_by_the_core(rig: &Rig, check: Check, failed: &[Check]) {
         ActivityHltDpl,
         ActivityBlocking,
         ActivityEvent,
+        GuestPerfGlobalCtrl,
         LinkPointer,
     ];
     if never_changed.contains(&check) || check == MsrLoad {

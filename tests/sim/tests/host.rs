@@ -119,16 +119,16 @@ fn locks_have_an_order() {
     let vcpu: Lock<SimMutex, ()> = Lock::new(LockClass::Vcpu, ()).unwrap();
     let spin: Lock<SimSpin, ()> = Lock::new(LockClass::Ept, ()).unwrap();
     {
-        let _a = vm.lock();
-        let _b = vcpu.lock();
+        let _a = vcpu.lock();
+        let _b = vm.lock();
         let _c = spin.lock();
     }
     clean(&machine);
     {
-        let _b = vcpu.lock();
-        let _a = vm.lock();
+        let _b = vm.lock();
+        let _a = vcpu.lock();
     }
-    found(&machine, "lock order: Vm taken while Vcpu is held");
+    found(&machine, "lock order: Vcpu taken while Vm is held");
     host.run_on(0, &|| drop(spin.lock())).unwrap();
     found(&machine, "Ept taken in an interrupt");
     assert_eq!(machine.in_use().2, 3);

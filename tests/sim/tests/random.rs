@@ -61,6 +61,7 @@ const MSRS: &[u32] = &[
     0x49,
     0x8b,
     0xc1,
+    0xc3,
     0xfe,
     0x10a,
     0x174,
@@ -74,6 +75,7 @@ const MSRS: &[u32] = &[
     0x250,
     0x277,
     0x2ff,
+    0x345,
     0x38f,
     0x400,
     0x480,
@@ -121,7 +123,7 @@ fn string_io(r: &mut Random) -> StringIo {
 fn step(r: &mut Random) -> Step {
     let small = usize::try_from(r.below(16)).unwrap();
     let value = r.value();
-    match r.below(28) {
+    match r.below(30) {
         0 => Step::cpuid(u32::try_from(value & 0x8000_00ff).unwrap(), 0),
         1 | 2 => Step::rdmsr(r.pick(MSRS)),
         3 | 4 => Step::wrmsr(r.pick(MSRS), value),
@@ -166,6 +168,17 @@ fn step(r: &mut Random) -> Step {
         21 => Step::host_interrupt(),
         22 => Step::host_nmi(),
         23 => Step::exits(r.pick(&[11, 13, 14, 15, 18, 20, 27, 40, 50, 54]), value, 2),
+        27 => {
+            let selector = r.pick(&[0, 0x41_003c, 0x43_00c0, 0x5b_00c0]);
+            Step::wrmsr(r.pick(&[0x186, 0x187, 0x188, 0x189]), selector)
+        }
+        28 => {
+            let number = r.below(5);
+            Step::new("RDPMC", 2, move |guest| {
+                guest.regs.gpr[1] = number;
+                Err(guest.exit_now(15, 0))
+            })
+        }
         24 => Step::delivery_access(guest_address(r), Access::Write),
         25 | 26 => Step::mov_to_cr(8, small, value & 0xf),
         _ => Step::set_gpr(small, value),
@@ -208,7 +221,7 @@ fn wild_registers(r: &mut Random, client: &Client) {
 fn request(r: &mut Random, client: &Client, wild: bool) {
     // Up to four pages of RAM.
     let page = Hva(client.ram.0 + r.below(RAM_SIZE / 4096 - 4) * 4096);
-    match r.below(16) {
+    match r.below(17) {
         0 => client.vcpu.interrupt(u8::try_from(r.below(256)).unwrap()),
         1 => drop(client.regs()),
         2 => {
@@ -256,6 +269,16 @@ fn request(r: &mut Random, client: &Client, wild: bool) {
             image.mxcsr = u32::try_from(r.value() & 0xffff_ffff).unwrap();
             image.fcw = u16::try_from(r.value() & 0xffff).unwrap();
             client.vcpu.set_fpu(&image);
+        }
+        // An overflow of the host's, or PEBS, begins or ends.
+        15 => {
+            let (cpu, register) = (
+                usize::try_from(r.below(3)).unwrap(),
+                r.pick(&[0x38e, 0x3f1]),
+            );
+            if let Some(old) = client.machine.msr(cpu, register) {
+                client.machine.set_msr(cpu, register, old ^ 1);
+            }
         }
         14 if wild => wild_registers(r, client),
         _ => client.set_io_buffer(0, &[0xa5; 64]),

@@ -112,6 +112,8 @@ bitflags! {
         const SAVE_EFER = ExitControls::SAVE_IA32_EFER.bits();
         /// IA32_EFER is loaded on exit.
         const LOAD_EFER = ExitControls::LOAD_IA32_EFER.bits();
+        /// IA32_PERF_GLOBAL_CTRL is loaded on exit.
+        const LOAD_PERF_GLOBAL_CTRL = ExitControls::LOAD_IA32_PERF_GLOBAL_CTRL.bits();
         const _ = !0;
     }
 
@@ -126,6 +128,8 @@ bitflags! {
         const LOAD_PAT = EntryControls::LOAD_IA32_PAT.bits();
         /// IA32_EFER is loaded on entry.
         const LOAD_EFER = EntryControls::LOAD_IA32_EFER.bits();
+        /// IA32_PERF_GLOBAL_CTRL is loaded on entry.
+        const LOAD_PERF_GLOBAL_CTRL = EntryControls::LOAD_IA32_PERF_GLOBAL_CTRL.bits();
         const _ = !0;
     }
 }

@@ -11,6 +11,7 @@ pub mod event;
 pub mod exit;
 pub mod field;
 pub mod msr;
+pub mod pmu;
 pub mod reg;
 pub mod segment;
 pub mod vmx_caps;

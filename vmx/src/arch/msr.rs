@@ -25,6 +25,22 @@ pub const IA32_PRED_CMD: u32 = 0x49;
 pub const IA32_FLUSH_CMD: u32 = 0x10b;
 /// Architectural capabilities.
 pub const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
+/// The first performance counter; the others follow.
+pub const IA32_PMC0: u32 = 0xc1;
+/// The same with writes of its whole width, where IA32_PERF_CAPABILITIES says so.
+pub const IA32_A_PMC0: u32 = 0x4c1;
+/// What the first counter counts; the others follow.
+pub const IA32_PERFEVTSEL0: u32 = 0x186;
+/// Features that have switches of their own; what is missing.
+pub const IA32_MISC_ENABLE: u32 = 0x1a0;
+/// What the performance counters can do.
+pub const IA32_PERF_CAPABILITIES: u32 = 0x345;
+/// Counters that have overflowed.
+pub const IA32_PERF_GLOBAL_STATUS: u32 = 0x38e;
+/// Counters that may count.
+pub const IA32_PERF_GLOBAL_CTRL: u32 = 0x38f;
+/// Counters whose overflows are written to memory.
+pub const IA32_PEBS_ENABLE: u32 = 0x3f1;
 /// Supervisor XSAVE features.
 pub const IA32_XSS: u32 = 0xda0;
 

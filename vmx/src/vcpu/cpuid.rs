@@ -59,6 +59,7 @@ mod place {
     pub(super) const LEAF_1: usize = 1;
     pub(super) const LEAF_7: usize = 3;
     pub(super) const LEAF_7_SUB_1: usize = 4;
+    pub(super) const LEAF_A: usize = 5;
     pub(super) const LEAF_D: usize = 6;
     pub(super) const LEAF_D_SUB_1: usize = 7;
     pub(super) const EXTENDED_0: usize = 11;
@@ -112,6 +113,8 @@ pub struct CpuidTable {
     caches: [CpuidResult; CACHES],
     /// CPUID.80000007H:EDX: invariant TSC.
     power: u32,
+    /// The most that leaf 0xA may say.
+    counters: CpuidResult,
 }
 
 /// "Virt", "ual ", "CPU ": the brand string, as HAXM.
@@ -168,6 +171,14 @@ impl CpuidTable {
             Cr4::from_bits_retain(caps.cr4_fixed1),
             caps.physical_bits.into(),
         )
+        .with_counters(caps.counters.leaf)
+    }
+
+    /// The table with the performance counters of leaf 0xA.
+    pub(super) fn with_counters(mut self, leaf: CpuidResult) -> Self {
+        self.counters = leaf;
+        self.set_row(place::LEAF_A, leaf);
+        self
     }
 
     /// The table for a host that answers CPUID with `host`, lends XCR0 bits
@@ -203,6 +214,7 @@ impl CpuidTable {
             components: [Component::default(); COMPONENTS],
             caches: [CpuidResult::default(); CACHES],
             power: host(0x8000_0007, 0).edx & INVARIANT_TSC,
+            counters: CpuidResult::default(),
         };
         for (number, component) in (FIRST_COMPONENT..).zip(&mut this.components) {
             let answer = host(0xd, number);
@@ -263,8 +275,8 @@ impl CpuidTable {
                 ecx: L2_CACHE,
                 ..CpuidResult::default()
             },
-            // 0xA: no performance counter is virtualised. 0xD and 0x80000008:
-            // `settle` and `build` make them. 0x15 and 0x16: Linux takes the
+            // 0xA: `with_counters`. 0xD and 0x80000008: `settle` and `build`
+            // make them. 0x15 and 0x16: Linux takes the
             // crystal's frequency for the APIC timer's, which is the client's
             // business, so the host's would be wrong; SET_CPUID may give true
             // ones.
@@ -372,12 +384,32 @@ impl CpuidTable {
             cr4: 0,
             xcr0: self.allowed_xcr0().bits(),
         };
+        self.set_row(place::LEAF_A, self.fewer_counters(self.row(place::LEAF_A)));
         self.set_row(place::LEAF_D, self.xsave_leaf(0, &all));
         self.set_row(place::LEAF_D_SUB_1, self.xsave_leaf(1, &all));
         let given = self.row(place::EXTENDED_8).eax & 0xff;
         // Not clamp(), which panics where its limits cross.
         let bits = given.min(self.physical_bits).max(32);
         self.set_row(place::EXTENDED_8, eax_only(LINEAR_BITS << 8 | bits));
+    }
+
+    /// Leaf 0xA as `wanted`, but no more than there is: version, counters, events.
+    /// Their width is the processor's. EBX has a bit for each missing event.
+    fn fewer_counters(&self, wanted: CpuidResult) -> CpuidResult {
+        let [version, counters, _, events] = wanted.eax.to_le_bytes();
+        let [has_version, has_counters, width, has_events] = self.counters.eax.to_le_bytes();
+        let version = version.min(has_version);
+        let counters = counters.min(has_counters);
+        if version == 0 || counters == 0 {
+            return CpuidResult::default();
+        }
+        let events = events.min(has_events);
+        CpuidResult {
+            eax: u32::from_le_bytes([version, counters, width, events]),
+            ebx: (wanted.ebx & 0x7f) | self.counters.ebx,
+            ecx: 0,
+            edx: 0,
+        }
     }
 
     /// XCR0 bits of the features in the table.
@@ -407,6 +439,7 @@ impl CpuidTable {
             self.allowed_xcr0().bits(),
             self.cr4,
             self.row(place::EXTENDED_8).eax as u8,
+            self.row(place::LEAF_A).eax,
         )
     }
 
@@ -478,8 +511,8 @@ impl CpuidTable {
                 ecx: wanted.ecx,
                 ..row
             },
-            (2 | 0x15 | 0x4000_0000 | 0x8000_0002..=0x8000_0004, _) => verbatim,
-            // 0xA has no counters to describe; 0xD is not settable.
+            (2 | 0xa | 0x15 | 0x4000_0000 | 0x8000_0002..=0x8000_0004, _) => verbatim,
+            // 0xD is not settable.
             _ => row,
         }
     }

@@ -24,6 +24,7 @@ mod msr_list;
 mod pdptes;
 pub mod pending;
 mod plain;
+mod pmu;
 mod registers;
 mod reload;
 mod run;
@@ -66,6 +67,7 @@ use host_state::HostState;
 use modes::Modes;
 use msr::MsrStore;
 use pending::PendingVectors;
+use pmu::Pmu;
 use registers::Registers;
 use switched_msrs::SwitchedMsrs;
 use task_priority::TaskPriority;
@@ -86,6 +88,7 @@ pub struct Inner<H: Host> {
     extended: Extended<H>,
     switched: SwitchedMsrs,
     msrs: Box<MsrStore>,
+    pmu: Box<Pmu>,
     debug: DebugRegisters,
     host_state: HostState,
     emulation: Box<Emulation>,
@@ -180,6 +183,7 @@ impl<H: Host> Inner<H> {
             extended: Extended::new(host)?,
             switched: SwitchedMsrs::new(host),
             msrs: try_box(MsrStore::new(id == 0))?,
+            pmu: try_box(Pmu::default())?,
             debug: DebugRegisters::default(),
             host_state: HostState::default(),
             emulation: Emulation::boxed()?,
@@ -422,16 +426,24 @@ impl<H: Host> Vcpu<H> {
     }
 
     /// Takes up a CPUID table that changed since the last look.
+    #[inline(always)]
     fn refresh_cpuid(&self, inner: &mut Inner<H>) -> bool {
-        if inner.cpuid_version == self.guest().cpuid_version() {
-            return false;
+        let changed = inner.cpuid_version != self.guest().cpuid_version();
+        if changed {
+            self.take_cpuid(inner);
         }
+        changed
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn take_cpuid(&self, inner: &mut Inner<H>) {
         inner.emulation.forget_registers();
         inner.cpuid_version = self.guest().copy_cpuid(&mut inner.cpuid);
         inner.answers.forget();
         inner.features = inner.cpuid.features();
         inner.modes.allow_cr4(inner.features.allowed_cr4());
-        true
+        inner.pmu.limit(inner.features.counters());
     }
 }
 

@@ -137,6 +137,12 @@ impl Modes {
         current.write(field::GUEST_CR4, self.cr4 | self.cr4_forced);
     }
 
+    /// VM entry loads IA32_PERF_GLOBAL_CTRL, or no longer.
+    pub fn set_counting<H: Host>(&mut self, current: &Current<'_, H>, on: bool) {
+        self.entry.set(Entry::LOAD_PERF_GLOBAL_CTRL, on);
+        self.write_efer(current);
+    }
+
     fn write_efer<H: Host>(&self, current: &Current<'_, H>) {
         current.write(field::GUEST_EFER, self.efer);
         let mut entry = self.entry;

@@ -53,6 +53,10 @@ pub enum Msr {
     Command,
     /// IA32_ARCH_CAPABILITIES: of the capabilities.
     ArchCapabilities,
+    /// IA32_PMCx by number: `Pmu`.
+    Counter(u8),
+    /// IA32_PERFEVTSELx by number: `Pmu`; it says which values.
+    EventSelect(u8),
     /// Nowhere: #GP.
     Unknown,
 }
@@ -105,10 +109,24 @@ pub fn classify(register: u32, features: &Features) -> Msr {
         msr::IA32_ARCH_CAPABILITIES if features.has(Feature::ARCH_CAPABILITIES) => {
             Msr::ArchCapabilities
         }
+        0xc1..=0xc4 | 0x186..=0x189 if features.counters() != 0 => counter(register, features),
         msr::IA32_XSS if !features.has(Feature::XSAVES) => Msr::Unknown,
         _ if Home::of(register).is_some() => Msr::Stored,
         _ => Msr::Unknown,
     }
+}
+
+/// A register of a guest that has performance counters. Those of the counters
+/// that it lacks are HAXM's.
+fn counter(register: u32, features: &Features) -> Msr {
+    let number = |first: u32| {
+        let number = register.wrapping_sub(first);
+        (number < features.counters().into()).then_some(number as u8)
+    };
+    number(msr::IA32_PMC0)
+        .map(Msr::Counter)
+        .or_else(|| number(msr::IA32_PERFEVTSEL0).map(Msr::EventSelect))
+        .unwrap_or(Msr::Stored)
 }
 
 /// What the [`MsrStore`] does with a register.

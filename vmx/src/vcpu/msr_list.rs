@@ -4,7 +4,7 @@ use abi::msr::{MAX_MSRS, MsrData};
 
 use super::msr::{self, GpFault, Msr};
 use super::vmcs::Current;
-use super::{Inner, Vcpu, loan};
+use super::{Inner, Vcpu, loan, pmu};
 use crate::Error;
 use crate::arch::field;
 use crate::cpu::{Cpu, how};
@@ -47,6 +47,12 @@ pub fn read<H: Host>(
             .speculation
             .arch_capabilities
             .ok_or(GpFault)?,
+        Msr::Counter(number) => {
+            inner
+                .pmu
+                .count(current.cpu(), &vcpu.guest().caps().counters, number)
+        }
+        Msr::EventSelect(number) => inner.pmu.selector(number),
         Msr::Command | Msr::Unknown => return Err(GpFault),
     })
 }
@@ -123,6 +129,14 @@ pub fn write<H: Host>(
             if by_guest || has != Some(value) {
                 return Err(GpFault);
             }
+        }
+        Msr::Counter(number) => {
+            let value = pmu::written(value, by_guest);
+            vcpu.change_counters(inner, current, |pmu| pmu.set_count(number, value));
+        }
+        Msr::EventSelect(number) => {
+            pmu::accept(value)?;
+            vcpu.change_counters(inner, current, |pmu| pmu.set_selector(number, value));
         }
         Msr::Unknown => return Err(GpFault),
         _ => {

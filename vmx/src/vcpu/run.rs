@@ -198,6 +198,7 @@ impl<H: Host> Vcpu<H> {
         inner.switched.load(cpu, inner.modes.has_syscall());
         inner.registers.general.on_loan = 1;
         inner.debug.load(cpu);
+        self.load_counters(inner, current);
         self.guest().set_position(self.id(), cpu_number);
         let mut left = EXITS_PER_LOAN;
         let next = loop {
@@ -223,6 +224,7 @@ impl<H: Host> Vcpu<H> {
             _ => self.has_nothing_waiting(inner) && can_interrupt(inner, current),
         };
         self.channel.set_ready(u32::from(ready));
+        self.unload_counters(inner, current);
         inner.debug.restore(cpu);
         inner.registers.general.on_loan = 0;
         inner.switched.restore(cpu);

@@ -4,7 +4,7 @@ use super::vmcs::Current;
 use crate::arch::control::{Primary, Secondary};
 use crate::arch::event::vector;
 use crate::arch::{addr::Hpa, field};
-use crate::caps::Caps;
+use crate::caps::{Caps, Counters};
 use crate::host::Host;
 
 /// What the fields point to.
@@ -70,6 +70,10 @@ pub fn write_constant<H: Host>(current: &Current<'_, H>, caps: &Caps, pointers: 
     if caps.has_xsaves {
         // No XSAVES exits: IA32_XSS is 0 in the guest.
         current.write(field::XSS_EXITING_BITMAP, 0);
+    }
+    if caps.counters != Counters::default() {
+        // No counter runs behind an exit that loads this.
+        current.write(field::HOST_PERF_GLOBAL_CTRL, 0);
     }
     if caps.secondary.contains(Secondary::PAUSE_LOOP_EXITING) {
         current.write(field::PLE_GAP, PLE_GAP);

@@ -5,6 +5,7 @@ use super::{Check, EFER_BITS, Failed, View, pat_valid};
 use crate::cpu::msr_accepts;
 use crate::instructions::revision;
 use crate::machine::{Processor, State};
+use crate::pmu::GLOBAL_BITS;
 use crate::profile::Profile;
 
 pub(super) fn check(v: &View<'_>, f: &mut Failed) {
@@ -49,6 +50,10 @@ fn msrs(v: &View<'_>, f: &mut Failed) {
     );
     if v.entry(14) {
         f.when(!pat_valid(v.get(0x2804)), Check::GuestPat);
+    }
+    if v.entry(13) {
+        let enabled = v.get(0x2808);
+        f.when(enabled & !GLOBAL_BITS != 0, Check::GuestPerfGlobalCtrl);
     }
     if v.entry(15) {
         let efer = v.get(0x2806);

@@ -2,6 +2,7 @@
 
 use super::{Check, EFER_BITS, Failed, View, pat_valid};
 use crate::instructions::fixed;
+use crate::pmu::GLOBAL_BITS;
 
 pub(super) fn check(v: &View<'_>, f: &mut Failed) {
     let p = v.profile;
@@ -15,6 +16,10 @@ pub(super) fn check(v: &View<'_>, f: &mut Failed) {
     );
     if v.exit(19) {
         f.when(!pat_valid(v.get(0x2c00)), Check::HostPat);
+    }
+    if v.exit(12) {
+        let enabled = v.get(0x2c04);
+        f.when(enabled & !GLOBAL_BITS != 0, Check::HostPerfGlobalCtrl);
     }
     let long = v.exit(9);
     if v.exit(21) {

@@ -136,6 +136,8 @@ checks! {
     HostPat,
     /// Host EFER reserved bits, LMA and LME.
     HostEfer,
+    /// Reserved bits of the host's IA32_PERF_GLOBAL_CTRL.
+    HostPerfGlobalCtrl,
     // 27.2.3 "Checks on Host Segment and Descriptor-Table Registers"
     /// RPL and TI of a host selector.
     HostSelectorBits,
@@ -177,6 +179,8 @@ checks! {
     GuestPat,
     /// Guest EFER reserved bits, LMA, LME.
     GuestEfer,
+    /// Reserved bits of the guest's IA32_PERF_GLOBAL_CTRL.
+    GuestPerfGlobalCtrl,
     // 27.3.1.2 "Checks on Guest Segment Registers"
     /// TI of TR.
     TrTi,

@@ -308,6 +308,10 @@ pub(crate) fn bad() -> Vec<(Check, Vec<Change>)> {
         (Check::HostCr3, vec![(0x6c02, Or(1 << 63))]),
         (Check::HostSysenter, vec![(0x6c10, Set(hole))]),
         (Check::HostPat, vec![(0x2c00, Set(2))]),
+        (
+            Check::HostPerfGlobalCtrl,
+            vec![(EXIT, Or(1 << 12)), (0x2c04, Set(1 << 4))],
+        ),
         (Check::HostEfer, vec![(0x2c02, Clear(1 << 8))]),
         (Check::HostEfer, vec![(0x2c02, Or(2))]),
         (Check::HostSelectorBits, vec![(0x0c06, Set(0x2b))]),
@@ -338,6 +342,14 @@ pub(crate) fn bad() -> Vec<(Check, Vec<Change>)> {
         (Check::GuestDr7, vec![(0x681a, Or(1 << 32))]),
         (Check::GuestSysenter, vec![(0x6826, Set(hole))]),
         (Check::GuestPat, vec![(0x2804, Set(3))]),
+        (
+            Check::GuestPerfGlobalCtrl,
+            vec![
+                (EXIT, Or(1 << 12)),
+                (ENTRY, Or(1 << 13)),
+                (0x2808, Set(1 << 35)),
+            ],
+        ),
         (Check::GuestEfer, vec![(0x2806, Clear(1 << 10))]),
         (Check::GuestEfer, vec![(0x2806, Clear(1 << 8))]),
         (Check::GuestEfer, vec![(0x2806, Or(1 << 12))]),

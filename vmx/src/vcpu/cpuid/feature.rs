@@ -100,8 +100,8 @@ macro_rules! features {
 
 // Not offered, with the reason:
 // x2APIC, TSC-deadline: the client's APIC has neither. MONITOR, VMX, SMX: their
-// instructions are not virtualised. DTES64, DS, PDCM, PBE: no PMU state is
-// switched. EIST, TM, TM2, ACPI: no MSRs behind them. PKU, CET, LA57, MPX, AMX,
+// instructions are not virtualised. DTES64, DS, PDCM, PBE: of the performance
+// counters only version 1 is there. EIST, TM, TM2, ACPI: no MSRs behind them. PKU, CET, LA57, MPX, AMX,
 // Key Locker, WAITPKG: state or a control that is not switched. HLE,
 // RTM: gone from most processors.
 features! {
@@ -253,22 +253,26 @@ pub struct Features {
     xcr0: u64,
     cr4: u64,
     physical_bits: u8,
+    /// EAX of leaf 0xA.
+    counters: u32,
 }
 
 impl Features {
     /// The features in `words`, with XCR0 bits `xcr0`, CR4 bits out of
-    /// `possible`, and physical addresses of `physical_bits` bits.
+    /// `possible`, physical addresses of `physical_bits` bits, and EAX of leaf 0xA.
     pub(super) fn new(
         words: [u32; WORDS.len()],
         xcr0: u64,
         possible: Cr4,
         physical_bits: u8,
+        counters: u32,
     ) -> Self {
         let mut this = Self {
             words,
             xcr0,
             cr4: 0,
             physical_bits,
+            counters,
         };
         // RDPMC is older than feature bits: PCE is always there.
         let cr4 = CR4_FEATURES
@@ -315,6 +319,13 @@ impl Features {
         u64::from(self.has(Feature::IBRS_IBPB))
             | u64::from(self.has(Feature::STIBP)) << 1
             | u64::from(self.has(Feature::SSBD)) << 2
+    }
+
+    /// Performance counters that the guest has.
+    #[must_use]
+    pub const fn counters(&self) -> u8 {
+        let [_, counters, _, _] = self.counters.to_le_bytes();
+        counters
     }
 
     /// Bits of a physical address, MAXPHYADDR.

@@ -20,7 +20,10 @@ pub fn handle<H: Host>(
     info: InterruptionInfo,
 ) -> Next {
     if info.kind() == EventKind::Nmi {
+        // The host's handler looks for counters that overflowed, and starts its own.
+        vcpu.unload_counters(inner, current);
         Vcpu::raise_host_nmi(current);
+        vcpu.load_counters(inner, current);
         return Next::Resume;
     }
     match info.vector() {

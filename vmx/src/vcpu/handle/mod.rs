@@ -92,8 +92,7 @@ pub fn dispatch<H: Host>(
             Next::Work(Work::Yield)
         }
         Exit::Undefined => raise(vcpu, inner, Exception::UD),
-        // RDPMC: no counter of the guest's exists behind it.
-        Exit::Rdpmc => raise(vcpu, inner, Exception::gp(0)),
+        Exit::Rdpmc => system::rdpmc(vcpu, inner, current),
         Exit::TripleFault => lost(inner, "triple fault"),
         #[expect(clippy::cast_possible_truncation, reason = "32 bits; at most 15 bytes")]
         Exit::TaskSwitch { qualification } => Next::Work(Work::TaskSwitch {

@@ -117,6 +117,23 @@ pub fn wrmsr<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_
     }
 }
 
+/// RDPMC, where CR4.PCE and the privilege level allow it: elsewhere it faults
+/// before it exits (SDM 26.1.1 "Relative Priority of Faults and VM Exits"). ECX is a
+/// counter's number; bit 30, for fixed counters, comes with version 2.
+pub fn rdpmc<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {
+    let number = inner.registers.get(current, 1) & LOW;
+    if number >= u64::from(inner.features.counters()) {
+        return raise(vcpu, inner, Exception::gp(0));
+    }
+    let count = inner
+        .pmu
+        .count(current.cpu(), &vcpu.guest().caps().counters, number as u8);
+    inner.registers.set(0, count & LOW);
+    inner.registers.set(2, count >> 32);
+    advance(inner, current);
+    Next::Resume
+}
+
 /// XSETBV at CPL 0 (elsewhere it faults before it exits): SDM 26.1.2
 /// "Instructions That Cause VM Exits Unconditionally".
 pub fn xsetbv<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {

@@ -1,0 +1,70 @@
+//! The performance counters that a guest can be lent: architectural version 1, as
+//! HAXM offered them.
+//!
+//! SDM vol. 2, CPUID, leaf 0xA; vol. 3, 20.2 "Architectural Performance Monitoring".
+
+use crate::arch::{msr, pmu};
+use crate::cpu::{Cpu, CpuidResult};
+
+/// The most counters a guest gets, as HAXM.
+pub const MAX_COUNTERS: usize = 4;
+/// Events of leaf 0xA that a guest is told of, as HAXM.
+const MAX_EVENTS: u32 = 7;
+
+/// What there is to lend. All zero: nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Counters {
+    /// CPUID leaf 0xA for a guest: version 1.
+    pub leaf: CpuidResult,
+    /// IA32_A_PMCx exist: a counter can be given any value.
+    pub full_width: bool,
+    /// IA32_PEBS_ENABLE exists.
+    pub has_pebs: bool,
+}
+
+impl Counters {
+    /// Asks the processor that this runs on. `switched`: VM entry and exit can
+    /// load IA32_PERF_GLOBAL_CTRL. That register, which stops and starts all
+    /// counters at once, comes with version 2; every processor with EPT has both.
+    pub fn examine(cpu: &impl Cpu, switched: bool) -> Self {
+        if !switched || cpu.cpuid(0, 0).eax < 0xa {
+            return Self::default();
+        }
+        let host = cpu.cpuid(0xa, 0);
+        let [version, counters, width, events] = host.eax.to_le_bytes();
+        let counters = u32::from(counters).min(MAX_COUNTERS as u32);
+        if version < 2 || counters == 0 || !(32..64).contains(&width) {
+            return Self::default();
+        }
+        let events = u32::from(events).min(MAX_EVENTS);
+        let features = cpu.cpuid(1, 0);
+        let read = |register| {
+            // SAFETY: CPUID shows the register, as said at each use.
+            #[expect(unsafe_code)]
+            // UNSAFETY: RDMSR of registers that were just shown to exist.
+            unsafe {
+                cpu.rdmsr(register)
+            }
+        };
+        // PDCM is the register's feature bit; DS, with IA32_MISC_ENABLE, PEBS's.
+        let has_pdcm = features.ecx & (1 << 15) != 0;
+        let has_ds = features.edx & (1 << 21) != 0;
+        Self {
+            leaf: CpuidResult {
+                eax: 1 | counters << 8 | u32::from(width) << 16 | events << 24,
+                ebx: host.ebx & 0x7f,
+                ecx: 0,
+                edx: 0,
+            },
+            full_width: has_pdcm && read(msr::IA32_PERF_CAPABILITIES) & pmu::FULL_WIDTH_WRITES != 0,
+            has_pebs: has_ds && read(msr::IA32_MISC_ENABLE) & pmu::PEBS_UNAVAILABLE == 0,
+        }
+    }
+
+    /// A counter's bits.
+    #[must_use]
+    pub fn mask(&self) -> u64 {
+        let [_, _, width, _] = self.leaf.eax.to_le_bytes();
+        !(!0u64).checked_shl(width.into()).unwrap_or(0)
+    }
+}
