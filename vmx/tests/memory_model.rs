@@ -190,8 +190,9 @@ impl Bench {
     }
 
     fn step(&mut self) {
-        match self.random.below(42) {
+        match self.random.below(44) {
             40 | 41 => self.age(),
+            42 | 43 => self.part_or_mend(),
             0 => {
                 let (_, size) = self.guest_range();
                 let va = self.client_address(0);
@@ -247,6 +248,26 @@ impl Bench {
             13 => self.copy(),
             _ => self.touch(),
         }
+    }
+
+    /// Pages around a mapped one are mapped as it is, or some to the same memory as ROM.
+    fn part_or_mend(&mut self) {
+        let from = self.random.below(GUEST_PAGES);
+        let Some((page, mapped)) = self.model.pages.range(from..GUEST_PAGES).next() else {
+            return;
+        };
+        let (page, mapped) = (*page, *mapped);
+        let part = self.random.one_in(2);
+        let below = self.random.below(if part { 4 } else { GROUP }).min(page);
+        let length = below + 1 + self.random.below(if part { 4 } else { GROUP });
+        let length = length.min(GUEST_PAGES - (page - below));
+        let gpa = (page - below) * PAGE;
+        let va = (mapped.client - below) * PAGE;
+        let flags = if part || mapped.rom { ROM } else { 0 };
+        self.call(
+            |space| space.set_ram(gpa, length * PAGE, va, flags),
+            |model| model.set_ram(gpa, length * PAGE, va, flags),
+        );
     }
 
     /// The host asks which pages are in use.
