@@ -14,6 +14,7 @@
 //!
 //! [`Shared::into_raw`]: vmx::fallible::Shared::into_raw
 #![no_std]
+#![cfg_attr(haxm_module, feature(optimize_attribute))]
 #![forbid(unsafe_code)]
 #![deny(
     clippy::unwrap_used,

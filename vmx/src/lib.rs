@@ -12,6 +12,7 @@
 //! Processor facts cite the Intel SDM, combined volumes, revision
 //! 325462-083US, by section number and title.
 #![no_std]
+#![cfg_attr(haxm_module, feature(optimize_attribute))]
 #![deny(
     clippy::unwrap_used,
     clippy::expect_used,

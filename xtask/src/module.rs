@@ -152,7 +152,7 @@ fn compile_object(sources: &Path, work: &WorkFolder, suffix: &str, debug: &str) 
     let status = Command::new(cargo)
         .current_dir(sources)
         .args(["build", "--quiet", "--locked", "--profile", "module"])
-        .args(["--package", "haxm-linux", "--target", sysroot::TARGET])
+        .args(["--package", "haxm-object", "--target", sysroot::TARGET])
         .env("RUSTC", &compiler.rustc)
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
@@ -166,7 +166,7 @@ fn compile_object(sources: &Path, work: &WorkFolder, suffix: &str, debug: &str) 
     ensure!(status.success(), "the Rust half does not compile");
     let archive = target_dir
         .join(sysroot::TARGET)
-        .join("module/libhaxm_linux.a");
+        .join("module/libhaxm_object.a");
     let object = work.path(&format!("core{suffix}.o"));
     extract(&archive, &object)?;
     Ok(object)
@@ -177,7 +177,7 @@ fn extract(archive: &Path, object: &Path) -> Result<()> {
     let list = command::output(Command::new("ar").arg("t").arg(archive))?;
     let members: Vec<&str> = list
         .lines()
-        .filter(|l| l.starts_with("haxm_linux-"))
+        .filter(|l| l.starts_with("haxm_object-"))
         .collect();
     let [member] = members.as_slice() else {
         bail!(

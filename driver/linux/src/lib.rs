@@ -3,6 +3,7 @@
 //!
 //! `cargo xtask module` compiles this crate, and all below it, into one object for every kernel.
 #![no_std]
+#![cfg_attr(haxm_module, feature(optimize_attribute))]
 #![deny(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -430,6 +430,7 @@ impl Native {
     /// without a current VMCS it can only be VMfailInvalid, with one only
     /// VMfailValid (SDM 31.2 "Conventions"). In VMX operation.
     #[cold]
+    #[inline(never)]
     fn failure(&self) -> VmxFailure {
         // SAFETY: the instruction that failed needs VMX operation, too.
         match unsafe { self.vmptrst() } {
@@ -481,6 +482,9 @@ unsafe extern "sysv64" fn world_switch(regs: *mut GuestRegs) -> u64 {
             "push rbx",
             "push rbp",
             "push rdi",
+            // The same value, for the kernel's objtool: from here on the frame is
+            // found by RSP, as RBP is about to be the guest's.
+            "mov rbp, [rsp + 8]",
             "cmp rsp, [rdi + {host_rsp}]",
             "je 2f",
             "mov [rdi + {host_rsp}], rsp",

@@ -32,6 +32,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("vmx", &["abi"]),
     ("driver", &["abi", "vmx"]),
     ("driver/linux", &["abi", "vmx", "driver"]),
+    ("driver/linux/object", &[]),
     ("driver/windows", &["abi", "vmx", "driver"]),
     ("driver/macos", &["abi", "vmx", "driver"]),
     ("driver/netbsd", &["abi", "vmx", "driver"]),

@@ -7,8 +7,8 @@ use std::process::Command;
 use anyhow::{Result, ensure};
 use testbed::folder::workspace_root;
 
-/// The package that becomes a kernel object: it has no tests and no standard library.
-const KERNEL_OBJECT: &str = "haxm-linux";
+/// The packages that become a kernel object: they have no tests and no standard library.
+const KERNEL_OBJECT: [&str; 2] = ["haxm-linux", "haxm-object"];
 
 fn cargo(folder: &Path, words: &[&str]) -> Result<()> {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
@@ -35,11 +35,19 @@ fn format_in(folder: &Path) -> Result<()> {
 /// Clippy over all crates with their tests, and over the kernel object without.
 pub(crate) fn clippy() -> Result<()> {
     let root = workspace_root();
+    let [ours, linked] = KERNEL_OBJECT;
     clippy_in(
         &root,
-        &["--workspace", "--exclude", KERNEL_OBJECT, "--all-targets"],
+        &[
+            "--workspace",
+            "--exclude",
+            ours,
+            "--exclude",
+            linked,
+            "--all-targets",
+        ],
     )?;
-    clippy_in(&root, &["--package", KERNEL_OBJECT])
+    clippy_in(&root, &["--package", ours, "--package", linked])
 }
 
 fn clippy_in(folder: &Path, what: &[&str]) -> Result<()> {

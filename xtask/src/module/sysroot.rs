@@ -149,6 +149,8 @@ impl Compiler {
     pub(crate) fn flags_of_crates(&self, sysroot: &Path) -> Vec<String> {
         let mut flags = self.flags.clone();
         flags.push("-Zemit-stack-sizes".to_owned());
+        // Lets them mark what is compiled for speed, which is not in the stable language.
+        flags.push("--cfg=haxm_module".to_owned());
         flags.push(format!(
             "--remap-path-prefix={}=haxm",
             workspace_root().display()
@@ -181,6 +183,9 @@ fn flags(codegen: &str, unstable: &str) -> Vec<String> {
         "-Ccode-model=kernel",
         "-Cno-redzone=y",
         "-Cforce-unwind-tables=no",
+        // The kernel unwinds by tables of its own, and these have an entry for each push, pop and
+        // change of RSP where no frame pointer is: half as many with one.
+        "-Cforce-frame-pointers=yes",
         // Calls to memcpy go straight, not through a table the loader would not fill.
         "-Zplt=yes",
         "-Zfunction-sections=n",
