@@ -85,6 +85,7 @@ impl DecodeCache {
     ///
     /// # Errors
     /// As [`decode`].
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn look_up(&mut self, rip: u64, code: Code, mode: Mode) -> Result<Decoded, DecodeError> {
         let index = (rip ^ (rip >> 3)) as usize & ENTRIES.wrapping_sub(1);
         let Some(slot) = self.entries.get_mut(index) else {

@@ -100,6 +100,7 @@ impl MmioLog {
     /// [`super::Step::Read`] returned (bytes above its size are ignored); for
     /// the other requests it means nothing. Without an open request nothing
     /// happens.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn answer(&mut self, value: u64) {
         if !self.waiting {
             return;
@@ -136,6 +137,7 @@ impl MmioLog {
     }
 
     /// Looks up the next access of the instruction.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn recall(&mut self, kind: Kind, address: u64, size: u8, count: u16) -> Recall {
         if self.cursor < self.len {
             let Some(entry) = self.entries.get(self.cursor) else {

@@ -2,7 +2,7 @@
 //! MMIO through the log.
 
 use super::flags::mask;
-use super::{MAX_ATTEMPTS, Outcome, Run};
+use super::{MAX_ATTEMPTS, Outcome, Run, Stop};
 use crate::emulate::Step;
 use crate::emulate::insn::Operand;
 use crate::emulate::machine::{Access, Backing, Gpr, Machine, Seg};
@@ -71,20 +71,56 @@ pub(super) enum Place {
     Constant(u64),
 }
 
+/// Operands that are kept resolved: the first two, and one more for a short time.
+pub(super) const PLACES: usize = 3;
+
+/// A resolved operand, as its place in [`Run::places`]: a [`Place`] is large, and
+/// handed from function to function all the time.
+#[derive(Clone, Copy)]
+pub(super) struct Resolved(usize);
+
 impl<M: Machine> Run<'_, M> {
-    /// Resolves an operand of at most 8 bytes.
+    /// Resolves an operand of at most 8 bytes, the instruction's `n`-th.
     #[inline(never)]
-    pub(super) fn resolve(&mut self, operand: Operand, intent: Intent) -> Outcome<Place> {
-        Ok(match operand {
+    pub(super) fn resolve(
+        &mut self,
+        n: usize,
+        operand: Operand,
+        intent: Intent,
+    ) -> Outcome<Resolved> {
+        let place = match operand {
             Operand::Reg { reg, size } => Place::Reg { reg, size },
             Operand::HighByte(reg) => Place::HighByte(reg),
             Operand::Mem(mem) => Place::Memory(self.memory(&mem, 0, intent)?),
             Operand::Imm(value) => Place::Constant(value),
             Operand::Seg(seg) => Place::Constant(u64::from(self.selector(seg))),
             Operand::Vector { .. } | Operand::Mmx(_) | Operand::None => {
-                return Err(Step::Unsupported);
+                return Err(Stop::UNSUPPORTED);
             }
-        })
+        };
+        Ok(self.resolved(n, place))
+    }
+
+    /// The `n`-th operand is in memory, here.
+    #[inline(never)]
+    pub(super) fn resolved_to(&mut self, n: usize, span: Span) -> Resolved {
+        self.resolved(n, Place::Memory(span))
+    }
+
+    fn resolved(&mut self, n: usize, place: Place) -> Resolved {
+        let at = n.min(PLACES.wrapping_sub(1));
+        if let Some(slot) = self.places.get_mut(at) {
+            *slot = place;
+        }
+        Resolved(at)
+    }
+
+    fn place_of(&self, at: Resolved) -> Place {
+        self.places.get(at.0).copied().unwrap_or(Place::Constant(0))
+    }
+
+    pub(super) fn is_memory(&self, at: Resolved) -> bool {
+        matches!(self.places.get(at.0), Some(Place::Memory(_)))
     }
 
     fn selector(&self, seg: Seg) -> u16 {
@@ -93,6 +129,7 @@ impl<M: Machine> Run<'_, M> {
 
     /// Translates `size` bytes (1 to 64) and finds out what backs them.
     #[inline(never)]
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn span(&mut self, linear: u64, size: u8, intent: Intent) -> Outcome<Span> {
         let to_page_end = 0x1000u64.wrapping_sub(linear & 0xfff);
         let first_len = u64::from(size).min(to_page_end) as u8;
@@ -114,36 +151,38 @@ impl<M: Machine> Run<'_, M> {
     }
 
     #[inline(never)]
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn part(&mut self, linear: u64, len: u8, intent: Intent) -> Outcome<Part> {
         let access = Access {
             write: intent != Intent::Read,
             user: self.machine.cpl() == 3,
         };
-        let gpa = self.machine.translate(linear, access)?;
+        let gpa = self.served(|machine| machine.translate(linear, access))?;
         let mut part = Part {
             gpa,
             len,
             ..NO_PART
         };
         if intent != Intent::Write {
-            part.read = self.machine.backing(gpa, false)?;
+            part.read = self.served(|machine| machine.backing(gpa, false))?;
         }
         if intent != Intent::Read {
-            part.write = self.machine.backing(gpa, true)?;
+            part.write = self.served(|machine| machine.backing(gpa, true))?;
         }
         Ok(part)
     }
 
     /// Reads a span into the first bytes of `into`.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn read(&mut self, span: &Span, into: &mut [u8]) -> Outcome<()> {
         let mut rest = into;
         for part in span.parts {
             let Some((bytes, after)) = rest.split_at_mut_checked(usize::from(part.len)) else {
-                return Err(Step::Unsupported);
+                return Err(Stop::UNSUPPORTED);
             };
             if part.len != 0 {
                 match part.read {
-                    Backing::Ram => self.machine.read_ram(part.gpa, bytes)?,
+                    Backing::Ram => self.served(|machine| machine.read_ram(part.gpa, bytes))?,
                     Backing::Mmio => self.read_mmio(part.gpa, bytes)?,
                 }
             }
@@ -160,12 +199,12 @@ impl<M: Machine> Run<'_, M> {
             let size = piece(rest.len());
             let value = match self.log.recall(Kind::Read, gpa, size, 1) {
                 Recall::Answered(value) => value,
-                Recall::Ask => return Err(Step::Read { gpa, size }),
-                Recall::Lost => return Err(Step::Again),
-                Recall::Full => return Err(Step::Unsupported),
+                Recall::Ask => return Err(self.keep(Step::Read { gpa, size })),
+                Recall::Lost => return Err(Stop::AGAIN),
+                Recall::Full => return Err(Stop::UNSUPPORTED),
             };
             let Some((bytes, after)) = rest.split_at_mut_checked(usize::from(size)) else {
-                return Err(Step::Unsupported);
+                return Err(Stop::UNSUPPORTED);
             };
             for (to, from) in bytes.iter_mut().zip(value.to_le_bytes()) {
                 *to = from;
@@ -193,10 +232,10 @@ impl<M: Machine> Run<'_, M> {
     ) -> Outcome<()> {
         let [first, second] = span.parts;
         let Some((low, high)) = from.split_at_checked(usize::from(first.len)) else {
-            return Err(Step::Unsupported);
+            return Err(Stop::UNSUPPORTED);
         };
         let Some(high) = high.get(..usize::from(second.len)) else {
-            return Err(Step::Unsupported);
+            return Err(Stop::UNSUPPORTED);
         };
         for (part, bytes) in [(first, low), (second, high)] {
             if part.len == 0 || part.write != backing {
@@ -204,7 +243,7 @@ impl<M: Machine> Run<'_, M> {
             }
             match backing {
                 Backing::Mmio => self.write_mmio(part.gpa, bytes)?,
-                Backing::Ram => self.machine.write_ram(part.gpa, bytes)?,
+                Backing::Ram => self.served(|machine| machine.write_ram(part.gpa, bytes))?,
             }
         }
         Ok(())
@@ -217,7 +256,7 @@ impl<M: Machine> Run<'_, M> {
         while !rest.is_empty() {
             let size = piece(rest.len());
             let Some((bytes, after)) = rest.split_at_checked(usize::from(size)) else {
-                return Err(Step::Unsupported);
+                return Err(Stop::UNSUPPORTED);
             };
             match self.log.recall(Kind::Write, gpa, size, 1) {
                 Recall::Answered(_) => {}
@@ -227,10 +266,10 @@ impl<M: Machine> Run<'_, M> {
                         *to = *from;
                     }
                     let value = u64::from_le_bytes(value);
-                    return Err(Step::Write { gpa, size, value });
+                    return Err(self.keep(Step::Write { gpa, size, value }));
                 }
-                Recall::Lost => return Err(Step::Again),
-                Recall::Full => return Err(Step::Unsupported),
+                Recall::Lost => return Err(Stop::AGAIN),
+                Recall::Full => return Err(Stop::UNSUPPORTED),
             }
             gpa = gpa.wrapping_add(u64::from(size));
             rest = after;
@@ -254,27 +293,27 @@ impl<M: Machine> Run<'_, M> {
 
     /// The value of a resolved operand, zero-extended.
     #[inline(never)]
-    pub(super) fn get(&mut self, place: &Place) -> Outcome<u64> {
-        Ok(match place {
-            Place::Reg { reg, size } => self.reg(*reg, *size),
-            Place::HighByte(reg) => self.machine.gpr(*reg) >> 8 & 0xff,
-            Place::Memory(span) => self.load(span)? as u64,
-            Place::Constant(value) => *value,
+    pub(super) fn get(&mut self, at: Resolved) -> Outcome<u64> {
+        Ok(match self.place_of(at) {
+            Place::Reg { reg, size } => self.reg(reg, size),
+            Place::HighByte(reg) => self.machine.gpr(reg) >> 8 & 0xff,
+            Place::Memory(span) => self.load(&span)? as u64,
+            Place::Constant(value) => value,
         })
     }
 
     /// Writes a resolved operand. For memory this is the point of no return.
     #[inline(never)]
-    pub(super) fn put(&mut self, place: &Place, value: u64) -> Outcome<()> {
-        match place {
-            Place::Reg { reg, size } => self.set_reg(*reg, *size, value),
+    pub(super) fn put(&mut self, at: Resolved, value: u64) -> Outcome<()> {
+        match self.place_of(at) {
+            Place::Reg { reg, size } => self.set_reg(reg, size, value),
             Place::HighByte(reg) => {
-                let old = self.machine.gpr(*reg);
+                let old = self.machine.gpr(reg);
                 self.machine
-                    .set_gpr(*reg, old & !0xff00 | (value & 0xff) << 8);
+                    .set_gpr(reg, old & !0xff00 | (value & 0xff) << 8);
             }
-            Place::Memory(span) => self.store(span, u128::from(value))?,
-            Place::Constant(_) => return Err(Step::Unsupported),
+            Place::Memory(span) => self.store(&span, u128::from(value))?,
+            Place::Constant(_) => return Err(Stop::UNSUPPORTED),
         }
         Ok(())
     }
@@ -287,12 +326,12 @@ impl<M: Machine> Run<'_, M> {
     /// atomic access of ours.
     pub(super) fn modify<T: Default>(
         &mut self,
-        place: &Place,
+        at: Resolved,
         atomic: bool,
         change: impl Fn(u128) -> (u128, T),
     ) -> Outcome<T> {
         let mut last = T::default();
-        self.update_place(place, atomic, &mut |old| {
+        self.update_place(at, atomic, &mut |old| {
             let (new, found) = change(old);
             last = found;
             new
@@ -303,18 +342,18 @@ impl<M: Machine> Run<'_, M> {
     #[inline(never)]
     fn update_place(
         &mut self,
-        place: &Place,
+        at: Resolved,
         atomic: bool,
         change: &mut dyn FnMut(u128) -> u128,
     ) -> Outcome<()> {
-        let Place::Memory(span) = place else {
-            let new = change(u128::from(self.get(place)?));
-            return self.put(place, new as u64);
+        let Place::Memory(span) = &self.place_of(at) else {
+            let new = change(u128::from(self.get(at)?));
+            return self.put(at, new as u64);
         };
         let atomic = atomic && span.is_ram(false) && span.is_ram(true);
         let (true, Some(gpa)) = (atomic, span.line_gpa()) else {
             if atomic && self.machine.retry_split_lock() {
-                return Err(Step::Again);
+                return Err(Stop::AGAIN);
             }
             let new = change(self.load(span)?);
             return self.store(span, new);
@@ -324,11 +363,11 @@ impl<M: Machine> Run<'_, M> {
             let new = change(old);
             let bits = u128::from(mask(span.len));
             let new = if span.len == 16 { new } else { new & bits };
-            if self.machine.compare_exchange(gpa, span.len, old, new)? {
+            if self.served(|machine| machine.compare_exchange(gpa, span.len, old, new))? {
                 return Ok(());
             }
         }
-        Err(Step::Again)
+        Err(Stop::AGAIN)
     }
 }
 

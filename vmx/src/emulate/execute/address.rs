@@ -61,6 +61,7 @@ impl<M: Machine> Run<'_, M> {
 
     /// Checks and translates `size` bytes at `offset` in a segment.
     #[inline(never)]
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn segmented(
         &mut self,
         seg: Seg,
@@ -79,6 +80,7 @@ impl<M: Machine> Run<'_, M> {
     /// The linear address of `size` bytes at `offset`, or #GP, or #SS if the
     /// segment is SS.
     #[inline(never)]
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn linear(
         &mut self,
         seg: Seg,

@@ -3,14 +3,14 @@
 
 use super::access::Intent;
 use super::flags::{self, CF, OF, STATUS, when};
-use super::{Outcome, Run};
-use crate::emulate::Step;
+use super::{Outcome, Run, Stop};
 use crate::emulate::insn::Op;
 use crate::emulate::machine::Machine;
 
 /// The result and flags of one operation, and which flags it defines. AF after
 /// a logical operation is undefined in the SDM; processors clear it.
 #[inline(never)]
+#[cfg_attr(haxm_module, optimize(speed))]
 pub(in crate::emulate) fn compute(
     op: Op,
     a: u64,
@@ -47,13 +47,13 @@ impl<M: Machine> Run<'_, M> {
     /// ADD, OR, ADC, SBB, AND, SUB, XOR, INC, DEC, NOT, NEG.
     pub(super) fn update(&mut self) -> Outcome<()> {
         let op = self.insn.op;
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let one_operand = matches!(op, Op::Inc | Op::Dec | Op::Not | Op::Neg);
         let destination = self.place(0, Intent::Modify)?;
         let source = if one_operand { 0 } else { self.fetch(1)? };
         let carry = self.machine.rflags() & CF != 0;
         let locked = self.insn.prefixes.lock;
-        let (found, defined) = self.modify(&destination, locked, |old| {
+        let (found, defined) = self.modify(destination, locked, |old| {
             match compute(op, old as u64, source, carry, size) {
                 Some((value, found, defined)) => (u128::from(value), (found, defined)),
                 None => (old, (0, 0)),
@@ -65,11 +65,11 @@ impl<M: Machine> Run<'_, M> {
 
     /// CMP and TEST.
     pub(super) fn compare(&mut self) -> Outcome<()> {
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let a = self.fetch(0)?;
         let b = self.fetch(1)?;
         let Some((_, found, defined)) = compute(self.insn.op, a, b, false, size) else {
-            return Err(Step::Unsupported);
+            return Err(Stop::UNSUPPORTED);
         };
         self.commit_flags(defined, found);
         Ok(())
@@ -78,13 +78,13 @@ impl<M: Machine> Run<'_, M> {
     /// ADCX and ADOX: an addition whose carry goes through one flag only.
     pub(super) fn add_one_flag(&mut self) -> Outcome<()> {
         let flag = if self.insn.op == Op::Adcx { CF } else { OF };
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let source = self.fetch(1)?;
         let destination = self.place(0, Intent::Modify)?;
-        let old = self.get(&destination)?;
+        let old = self.get(destination)?;
         let carry = self.machine.rflags() & flag != 0;
         let (sum, found) = flags::add(old, source, carry, size);
-        self.put(&destination, sum)?;
+        self.put(destination, sum)?;
         self.commit_flags(flag, when(found & CF != 0, flag));
         Ok(())
     }

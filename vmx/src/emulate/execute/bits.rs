@@ -1,9 +1,8 @@
 //! Bit tests, bit counts, CRC32 and the BMI1 and BMI2 instructions.
 
-use super::access::{Intent, Place};
+use super::access::Intent;
 use super::flags::{CF, OF, SF, STATUS, ZF, extend, mask, sign, when};
-use super::{Outcome, Run};
-use crate::emulate::Step;
+use super::{Outcome, Run, Stop};
 use crate::emulate::insn::{Op, Operand};
 use crate::emulate::machine::Machine;
 
@@ -57,7 +56,7 @@ impl<M: Machine> Run<'_, M> {
     #[inline(never)]
     pub(super) fn bit_test(&mut self) -> Outcome<()> {
         let op = self.insn.op;
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let number = self.fetch(1)?;
         let intent = if op == Op::Bt {
             Intent::Read
@@ -69,15 +68,16 @@ impl<M: Machine> Run<'_, M> {
                 let element =
                     (extend(number, size) as i64).wrapping_shr(bits(size).trailing_zeros());
                 let ahead = (element as u64).wrapping_mul(u64::from(size));
-                Place::Memory(self.memory(&mem, ahead, intent)?)
+                let span = self.memory(&mem, ahead, intent)?;
+                self.resolved_to(0, span)
             }
-            (operand, _) => self.resolve(operand, intent)?,
+            (operand, _) => self.resolve(0, operand, intent)?,
         };
         let bit = 1u64.wrapping_shl((number as u32) & bits(size).wrapping_sub(1));
         let was_set = if op == Op::Bt {
-            self.get(&place)? & bit != 0
+            self.get(place)? & bit != 0
         } else {
-            self.modify(&place, self.insn.prefixes.lock, |old| {
+            self.modify(place, self.insn.prefixes.lock, |old| {
                 let value = old as u64;
                 let new = match op {
                     Op::Bts => value | bit,
@@ -95,7 +95,7 @@ impl<M: Machine> Run<'_, M> {
     #[inline(never)]
     pub(super) fn bit_count(&mut self) -> Outcome<()> {
         let op = self.insn.op;
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let value = self.fetch(1)?;
         let width = bits(size);
         let trailing = value.trailing_zeros().min(width);
@@ -119,17 +119,17 @@ impl<M: Machine> Run<'_, M> {
             }
         };
         let destination = self.place(0, Intent::Write)?;
-        self.put(&destination, u64::from(result))?;
+        self.put(destination, u64::from(result))?;
         self.commit_flags(defined, found);
         Ok(())
     }
 
     /// CRC32.
     pub(super) fn crc32(&mut self) -> Outcome<()> {
-        let size = self.operand(1).size();
+        let size = self.size_of(1);
         let source = self.fetch(1)?;
         let destination = self.place(0, Intent::Modify)?;
-        let mut crc = self.get(&destination)? as u32;
+        let mut crc = self.get(destination)? as u32;
         for byte in source.to_le_bytes().into_iter().take(usize::from(size)) {
             crc ^= u32::from(byte);
             for _ in 0..8 {
@@ -137,14 +137,14 @@ impl<M: Machine> Run<'_, M> {
                 crc = crc >> 1 ^ if low { CRC32C } else { 0 };
             }
         }
-        self.put(&destination, u64::from(crc))
+        self.put(destination, u64::from(crc))
     }
 
     /// ANDN, BEXTR, BZHI, BLSR, BLSMSK, BLSI, PDEP, PEXT.
     #[inline(never)]
     pub(super) fn bit_field(&mut self) -> Outcome<()> {
         let op = self.insn.op;
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let (result, defined, carry) = match op {
             Op::Andn => {
                 let inverted = !self.fetch(1)?;
@@ -180,12 +180,12 @@ impl<M: Machine> Run<'_, M> {
                 let value = self.fetch(1)?;
                 (extract(value, self.fetch(2)?), 0, false)
             }
-            _ => return Err(Step::Unsupported),
+            _ => return Err(Stop::UNSUPPORTED),
         };
         let result = result & mask(size);
         let found = when(carry, CF) | when(result == 0, ZF) | when(result & sign(size) != 0, SF);
         let destination = self.place(0, Intent::Write)?;
-        self.put(&destination, result)?;
+        self.put(destination, result)?;
         self.commit_flags(defined, found);
         Ok(())
     }

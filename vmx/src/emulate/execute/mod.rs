@@ -16,14 +16,16 @@ mod segment;
 mod shift;
 mod simd;
 mod stack;
+mod stop;
 mod string;
 mod system;
 
 use super::Step;
 use super::insn::{Insn, Op, Operand};
-use super::machine::{Exception, Fault, Gpr, Machine, Mode};
+use super::machine::{Exception, Gpr, Machine, Mode};
 use super::mmio::MmioLog;
-use access::{Intent, Place};
+use access::{Intent, PLACES, Place, Resolved};
+use stop::Stop;
 
 pub(super) use arith::compute;
 pub(super) use flags::CF;
@@ -37,16 +39,7 @@ const TRAP: u64 = 1 << 8;
 const RESUME: u64 = 1 << 16;
 
 /// An early end of the call, or the value asked for.
-type Outcome<T> = Result<T, Step>;
-
-impl From<Fault> for Step {
-    fn from(fault: Fault) -> Self {
-        match fault {
-            Fault::Exception(exception) => Self::Fault(exception),
-            Fault::Blocked => Self::Blocked,
-        }
-    }
-}
+type Outcome<T> = Result<T, Stop>;
 
 /// Where execution goes after an instruction.
 enum Next {
@@ -63,9 +56,16 @@ enum Next {
 
 /// Executes `insn`, which lies at the machine's RIP, with what `log` remembers
 /// of earlier calls. See the module's text for what to do with the result.
+#[cfg_attr(haxm_module, optimize(speed))]
 pub fn execute<M: Machine>(insn: &Insn, machine: &mut M, log: &mut MmioLog) -> Step {
     log.rewind();
-    let mut run = Run { insn, machine, log };
+    let mut run = Run {
+        insn,
+        machine,
+        log,
+        kept: Step::Done,
+        places: [Place::Constant(0); PLACES],
+    };
     match run.operation() {
         Ok(Next::Sequential) => {
             let next = run.next_rip();
@@ -81,7 +81,8 @@ pub fn execute<M: Machine>(insn: &Insn, machine: &mut M, log: &mut MmioLog) -> S
             run.log.clear();
             step
         }
-        Err(step) => {
+        Err(stop) => {
+            let step = run.step_of(stop);
             if matches!(step, Step::Fault(_) | Step::Unsupported) {
                 run.log.clear();
             }
@@ -95,6 +96,10 @@ struct Run<'a, M> {
     insn: &'a Insn,
     machine: &'a mut M,
     log: &'a mut MmioLog,
+    /// How the call ends, if a [`Stop`] is too small to tell.
+    kept: Step,
+    /// The operands that are resolved, by number.
+    places: [Place; PLACES],
 }
 
 impl<M: Machine> Run<'_, M> {
@@ -129,6 +134,12 @@ impl<M: Machine> Run<'_, M> {
         self.insn.operand(n)
     }
 
+    /// Bytes of operand `n`.
+    #[inline(never)]
+    fn size_of(&self, n: usize) -> u8 {
+        self.insn.operand(n).size()
+    }
+
     /// The effective operand size in bytes.
     fn size(&self) -> u8 {
         self.insn.operand_size
@@ -136,16 +147,16 @@ impl<M: Machine> Run<'_, M> {
 
     /// Resolves operand `n`.
     #[inline(never)]
-    fn place(&mut self, n: usize, intent: Intent) -> Outcome<Place> {
+    fn place(&mut self, n: usize, intent: Intent) -> Outcome<Resolved> {
         let operand = self.operand(n);
-        self.resolve(operand, intent)
+        self.resolve(n, operand, intent)
     }
 
     /// Resolves and reads operand `n`.
     #[inline(never)]
     fn fetch(&mut self, n: usize) -> Outcome<u64> {
         let place = self.place(n, Intent::Read)?;
-        self.get(&place)
+        self.get(place)
     }
 
     /// Replaces the flags in `mask` by those in `value`.
@@ -175,9 +186,10 @@ impl<M: Machine> Run<'_, M> {
     }
 
     fn fault<T>(exception: Exception) -> Outcome<T> {
-        Err(Step::Fault(exception))
+        Err(Stop::exception(exception))
     }
 
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn operation(&mut self) -> Outcome<Next> {
         // SDM 2A 2.4.8: no VEX in real-address and virtual-8086 mode.
         if self.insn.prefixes.vex && !self.is_protected() {

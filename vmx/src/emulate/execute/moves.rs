@@ -1,10 +1,9 @@
 //! Instructions that move data or swap it and compute nothing, or next to
 //! nothing: MOV and its kin, XCHG, CMPXCHG, XADD, SETcc, CMOVcc.
 
-use super::access::{Intent, Place};
+use super::access::Intent;
 use super::flags::{self, STATUS, ZF, condition, extend, mask, when};
-use super::{Outcome, Run};
-use crate::emulate::Step;
+use super::{Outcome, Run, Stop};
 use crate::emulate::insn::{Mem, Op, Operand};
 use crate::emulate::machine::{Exception, Gpr, Machine};
 
@@ -27,23 +26,23 @@ impl<M: Machine> Run<'_, M> {
             Op::Set(code) => {
                 let holds = condition(code, self.machine.rflags());
                 let destination = self.place(0, Intent::Write)?;
-                self.put(&destination, u64::from(holds))
+                self.put(destination, u64::from(holds))
             }
             Op::Cmov(code) => self.conditional_move(code),
             Op::Bound => self.bound(),
             Op::Xlat => self.translate_byte(),
             Op::Hint => self.hint(),
-            _ => Err(Step::Unsupported),
+            _ => Err(Stop::UNSUPPORTED),
         }
     }
 
     /// A move from the second operand to the first; `convert` gets the value and
     /// the source's size.
     fn mov(&mut self, convert: impl Fn(u64, u8) -> u64) -> Outcome<()> {
-        let source_size = self.operand(1).size();
+        let source_size = self.size_of(1);
         let destination = self.place(0, Intent::Write)?;
         let value = self.fetch(1)?;
-        self.put(&destination, convert(value, source_size))
+        self.put(destination, convert(value, source_size))
     }
 
     /// The source is read even when the condition does not hold, and a 4-byte
@@ -51,40 +50,40 @@ impl<M: Machine> Run<'_, M> {
     fn conditional_move(&mut self, code: u8) -> Outcome<()> {
         let source = self.fetch(1)?;
         let destination = self.place(0, Intent::Modify)?;
-        let old = self.get(&destination)?;
+        let old = self.get(destination)?;
         let holds = condition(code, self.machine.rflags());
-        self.put(&destination, if holds { source } else { old })
+        self.put(destination, if holds { source } else { old })
     }
 
     /// XCHG; always atomic with memory (SDM 3A 9.1.2.1 "Automatic Locking").
     fn exchange(&mut self) -> Outcome<()> {
         let first = self.place(0, Intent::Modify)?;
         let second = self.place(1, Intent::Modify)?;
-        let value = self.get(&second)?;
-        let old = self.modify(&first, true, |old| (u128::from(value), old as u64))?;
-        self.put(&second, old)
+        let value = self.get(second)?;
+        let old = self.modify(first, true, |old| (u128::from(value), old as u64))?;
+        self.put(second, old)
     }
 
     /// XADD. If both operands are one register it ends up with the sum.
     #[inline(never)]
     fn exchange_add(&mut self) -> Outcome<()> {
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let first = self.place(0, Intent::Modify)?;
         let second = self.place(1, Intent::Modify)?;
-        let value = self.get(&second)?;
+        let value = self.get(second)?;
         let sum_of = |old: u128| flags::add(old as u64, value, false, size);
-        let found = if let Place::Memory(_) = first {
-            let (old, found) = self.modify(&first, self.insn.prefixes.lock, |old| {
+        let found = if self.is_memory(first) {
+            let (old, found) = self.modify(first, self.insn.prefixes.lock, |old| {
                 let (sum, found) = sum_of(old);
                 (u128::from(sum), (old as u64, found))
             })?;
-            self.put(&second, old)?;
+            self.put(second, old)?;
             found
         } else {
-            let old = self.get(&first)?;
+            let old = self.get(first)?;
             let (sum, found) = sum_of(u128::from(old));
-            self.put(&second, old)?;
-            self.put(&first, sum)?;
+            self.put(second, old)?;
+            self.put(first, sum)?;
             found
         };
         self.commit_flags(STATUS, found);
@@ -95,21 +94,21 @@ impl<M: Machine> Run<'_, M> {
     /// comparison fails.
     #[inline(never)]
     fn compare_exchange(&mut self) -> Outcome<()> {
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let destination = self.place(0, Intent::Modify)?;
         let expected = self.reg(Gpr::Rax, size);
         let replacement = self.fetch(1)?;
-        let (old, found) = if let Place::Memory(_) = destination {
-            self.modify(&destination, self.insn.prefixes.lock, |old| {
+        let (old, found) = if self.is_memory(destination) {
+            self.modify(destination, self.insn.prefixes.lock, |old| {
                 let old = old as u64;
                 let new = if old == expected { replacement } else { old };
                 let (_, found) = flags::sub(expected, old, false, size);
                 (u128::from(new), (old, found))
             })?
         } else {
-            let old = self.get(&destination)?;
+            let old = self.get(destination)?;
             if old == expected {
-                self.put(&destination, replacement)?;
+                self.put(destination, replacement)?;
             }
             (old, flags::sub(expected, old, false, size).1)
         };
@@ -124,7 +123,7 @@ impl<M: Machine> Run<'_, M> {
     #[inline(never)]
     fn compare_exchange_pair(&mut self) -> Outcome<()> {
         let Operand::Mem(mem) = self.operand(0) else {
-            return Err(Step::Unsupported);
+            return Err(Stop::UNSUPPORTED);
         };
         let half = mem.size >> 1;
         let width = u32::from(half).wrapping_mul(8);
@@ -135,8 +134,8 @@ impl<M: Machine> Run<'_, M> {
             self.require_alignment(&mem, 16)?;
         }
         let span = self.memory(&mem, 0, Intent::Modify)?;
-        let place = Place::Memory(span);
-        let old = self.modify(&place, self.insn.prefixes.lock, |old| {
+        let place = self.resolved_to(0, span);
+        let old = self.modify(place, self.insn.prefixes.lock, |old| {
             let new = if old == expected { replacement } else { old };
             (new, old)
         })?;
@@ -150,10 +149,10 @@ impl<M: Machine> Run<'_, M> {
 
     /// BOUND: an index outside its two bounds is #BR.
     fn bound(&mut self) -> Outcome<()> {
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let index = extend(self.fetch(0)?, size) as i64;
         let Operand::Mem(mem) = self.operand(1) else {
-            return Err(Step::Unsupported);
+            return Err(Stop::UNSUPPORTED);
         };
         // Two accesses; the second is not made if the first decides.
         let mem = Mem { size, ..mem };
@@ -171,7 +170,7 @@ impl<M: Machine> Run<'_, M> {
     /// XLAT: AL indexes the table at rBX.
     fn translate_byte(&mut self) -> Outcome<()> {
         let Operand::Mem(mem) = self.operand(0) else {
-            return Err(Step::Unsupported);
+            return Err(Stop::UNSUPPORTED);
         };
         let index = self.reg(Gpr::Rax, 1);
         let span = self.memory(&mem, index, Intent::Read)?;

@@ -110,7 +110,7 @@ impl<M: Machine> Run<'_, M> {
     #[inline(never)]
     pub(super) fn multiply_wide(&mut self) -> Outcome<()> {
         let signed = self.insn.op == Op::ImulWide;
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let source = self.fetch(0)?;
         let (low, high) = product(self.reg(Gpr::Rax, size), source, signed, size);
         let fits = if signed && low & sign(size) != 0 {
@@ -125,7 +125,7 @@ impl<M: Machine> Run<'_, M> {
 
     /// IMUL with two or three operands.
     pub(super) fn multiply(&mut self) -> Outcome<()> {
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let (a, b) = if self.operand(2) == Operand::None {
             (self.fetch(0)?, self.fetch(1)?)
         } else {
@@ -134,7 +134,7 @@ impl<M: Machine> Run<'_, M> {
         let (low, high) = product(a, b, true, size);
         let fits = high == when(low & sign(size) != 0, mask(size));
         let destination = self.place(0, Intent::Write)?;
-        self.put(&destination, low)?;
+        self.put(destination, low)?;
         self.commit_flags(CF | OF, when(!fits, CF | OF));
         Ok(())
     }
@@ -142,20 +142,20 @@ impl<M: Machine> Run<'_, M> {
     /// MULX: the high half goes to the first operand, the low half to the second;
     /// if they are the same register it gets the high half.
     pub(super) fn multiply_without_flags(&mut self) -> Outcome<()> {
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let source = self.fetch(2)?;
         let (low, high) = product(self.reg(Gpr::Rdx, size), source, false, size);
         let low_place = self.place(1, Intent::Write)?;
         let high_place = self.place(0, Intent::Write)?;
-        self.put(&low_place, low)?;
-        self.put(&high_place, high)
+        self.put(low_place, low)?;
+        self.put(high_place, high)
     }
 
     /// DIV and IDIV.
     #[inline(never)]
     pub(super) fn divide(&mut self) -> Outcome<()> {
         let signed = self.insn.op == Op::Idiv;
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let divisor = self.fetch(0)?;
         let (low, high) = self.wide_accumulator(size);
         match quotient(high, low, divisor, signed, size) {

@@ -7,11 +7,10 @@
 //! accessed bit of a descriptor there, and exits. Call gates, task switches and
 //! returns to an outer privilege level are not emulated.
 
-use super::access::{Intent, Place, Span};
+use super::access::{Intent, Span};
 use super::address::truncate;
 use super::flags::mask;
-use super::{Next, Outcome, RESUME, Run};
-use crate::emulate::Step;
+use super::{Next, Outcome, RESUME, Run, Stop};
 use crate::emulate::insn::{Op, Operand};
 use crate::emulate::machine::{
     Access, Backing, Blocking, Exception, Gpr, Machine, Seg, SegmentState, Table,
@@ -62,7 +61,7 @@ pub(super) const fn dpl(access: u32) -> u8 {
 
 pub(super) fn refuse<T>(vector: u8, selector: u16) -> Outcome<T> {
     let code = u32::from(selector & 0xfffc);
-    Err(Step::Fault(Exception::with_code(vector, code)))
+    Err(Stop::exception(Exception::with_code(vector, code)))
 }
 
 impl<M: Machine> Run<'_, M> {
@@ -82,7 +81,7 @@ impl<M: Machine> Run<'_, M> {
     /// One page of a system structure, which is accessed as by CPL 0.
     fn system_address(&mut self, linear: u64, write: bool) -> Outcome<u64> {
         let access = Access { write, user: false };
-        Ok(self.machine.translate(linear, access)?)
+        self.served(|machine| machine.translate(linear, access))
     }
 
     /// Reads a descriptor of 8 or 16 bytes, and tells where it is.
@@ -108,10 +107,10 @@ impl<M: Machine> Run<'_, M> {
                 linear = truncate(linear, 4);
             }
             let gpa = self.system_address(linear, false)?;
-            if self.machine.backing(gpa, false)? == Backing::Mmio {
-                return Err(Step::Unsupported);
+            if self.served(|machine| machine.backing(gpa, false))? == Backing::Mmio {
+                return Err(Stop::UNSUPPORTED);
             }
-            self.machine.read_ram(gpa, core::slice::from_mut(byte))?;
+            self.served(|machine| machine.read_ram(gpa, core::slice::from_mut(byte)))?;
         }
         Ok((linear, u128::from_le_bytes(bytes)))
     }
@@ -221,11 +220,11 @@ impl<M: Machine> Run<'_, M> {
                 false => GATES,
             };
             if types.wrapping_shr(access & 0xf) & 1 != 0 {
-                return Err(Step::Unsupported);
+                return Err(Stop::UNSUPPORTED);
             }
         }
         if how == Transfer::Return && rpl > cpl {
-            return Err(Step::Unsupported);
+            return Err(Stop::UNSUPPORTED);
         }
         let level_fits = match access & CONFORMING != 0 {
             true => dpl(access) <= cpl,
@@ -268,11 +267,11 @@ impl<M: Machine> Run<'_, M> {
     pub(super) fn mark(&mut self, loaded: &Loaded) -> Outcome<()> {
         if let Some((linear, bit)) = loaded.mark {
             let gpa = self.system_address(linear.wrapping_add(5), true)?;
-            if self.machine.backing(gpa, true)? == Backing::Ram {
+            if self.served(|machine| machine.backing(gpa, true))? == Backing::Ram {
                 let byte = u128::from(loaded.state.access & 0xff);
                 let old = byte & !u128::from(bit);
-                if !self.machine.compare_exchange(gpa, 1, old, byte)? {
-                    return Err(Step::Again);
+                if !self.served(|machine| machine.compare_exchange(gpa, 1, old, byte))? {
+                    return Err(Stop::AGAIN);
                 }
             }
         }
@@ -304,7 +303,7 @@ impl<M: Machine> Run<'_, M> {
         let loaded = self.data_segment(seg, selector)?;
         self.commit_segment(seg, &loaded)?;
         let destination = self.place(0, Intent::Write)?;
-        self.put(&destination, offset)
+        self.put(destination, offset)
     }
 
     /// CALL and JMP, far.
@@ -376,7 +375,7 @@ impl<M: Machine> Run<'_, M> {
             // A task return; in long mode there are none.
             return match self.machine.long_mode() {
                 true => Self::fault(Exception::PROTECTION),
-                false => Err(Step::Unsupported),
+                false => Err(Stop::UNSUPPORTED),
             };
         }
         self.check_flag_access()?;
@@ -386,7 +385,7 @@ impl<M: Machine> Run<'_, M> {
         let selector = Self::popped(&frame, size, 1) as u16;
         let new = Self::popped(&frame, size, 2);
         if protected && !long && size == 4 && new & FLAG_VM != 0 && self.machine.cpl() == 0 {
-            return Err(Step::Unsupported);
+            return Err(Stop::UNSUPPORTED);
         }
         let code = self.code_segment(selector, target, Transfer::Return)?;
         if long {
@@ -410,8 +409,8 @@ impl<M: Machine> Run<'_, M> {
 
     /// MOV to a segment register.
     pub(super) fn move_to_segment(&mut self, seg: Seg) -> Outcome<()> {
-        let source: Place = self.place(1, Intent::Read)?;
-        let selector = self.get(&source)? as u16;
+        let source = self.place(1, Intent::Read)?;
+        let selector = self.get(source)? as u16;
         self.load_segment(seg, selector)
     }
 }

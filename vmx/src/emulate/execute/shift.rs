@@ -6,8 +6,7 @@
 
 use super::access::Intent;
 use super::flags::{self, AF, CF, OF, STATUS, mask, sign, when};
-use super::{Outcome, Run};
-use crate::emulate::Step;
+use super::{Outcome, Run, Stop};
 use crate::emulate::insn::Op;
 use crate::emulate::machine::Machine;
 
@@ -134,11 +133,11 @@ impl<M: Machine> Run<'_, M> {
     /// ROL, ROR, RCL, RCR, SHL, SHR, SAR.
     pub(super) fn shift(&mut self) -> Outcome<()> {
         let op = self.insn.op;
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let count = masked_count(self.fetch(1)?, size);
         let carry = self.machine.rflags() & CF != 0;
         let destination = self.place(0, Intent::Modify)?;
-        let (found, defined) = self.modify(&destination, false, |old| {
+        let (found, defined) = self.modify(destination, false, |old| {
             let value = old as u64;
             let (new, found, defined) = match op {
                 _ if count == 0 => (value, 0, 0),
@@ -156,11 +155,11 @@ impl<M: Machine> Run<'_, M> {
     #[inline(never)]
     pub(super) fn double_shift(&mut self) -> Outcome<()> {
         let op = self.insn.op;
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let filler = self.fetch(1)?;
         let count = masked_count(self.fetch(2)?, size);
         let destination = self.place(0, Intent::Modify)?;
-        let (found, defined) = self.modify(&destination, false, |old| {
+        let (found, defined) = self.modify(destination, false, |old| {
             let value = old as u64;
             let (new, found, defined) = if count == 0 {
                 (value, 0, 0)
@@ -176,7 +175,7 @@ impl<M: Machine> Run<'_, M> {
     /// RORX, SARX, SHLX, SHRX.
     #[inline(never)]
     pub(super) fn shift_without_flags(&mut self) -> Outcome<()> {
-        let size = self.operand(0).size();
+        let size = self.size_of(0);
         let value = self.fetch(1)?;
         let count = masked_count(self.fetch(2)?, size);
         let result = match self.insn.op {
@@ -185,9 +184,9 @@ impl<M: Machine> Run<'_, M> {
             Op::Sarx => shift(Op::Sar, value, count, size).0,
             Op::Shlx => shift(Op::Shl, value, count, size).0,
             Op::Shrx => shift(Op::Shr, value, count, size).0,
-            _ => return Err(Step::Unsupported),
+            _ => return Err(Stop::UNSUPPORTED),
         };
         let destination = self.place(0, Intent::Write)?;
-        self.put(&destination, result)
+        self.put(destination, result)
     }
 }

@@ -5,8 +5,7 @@
 use core::ops::Range;
 
 use super::access::{Intent, Span};
-use super::{Outcome, Run};
-use crate::emulate::Step;
+use super::{Outcome, Run, Stop};
 use crate::emulate::insn::{Mem, Op, Operand};
 use crate::emulate::machine::{Backing, Exception, Machine, VectorBytes as Bytes};
 
@@ -114,7 +113,7 @@ impl<M: Machine> Run<'_, M> {
             _ => {
                 let value = low_u64(&self.vector_operand(1, 0)?);
                 let destination = self.place(0, Intent::Write)?;
-                self.put(&destination, value)
+                self.put(destination, value)
             }
         }
     }
@@ -196,13 +195,13 @@ impl<M: Machine> Run<'_, M> {
         let op = self.insn.op;
         let vex = self.insn.prefixes.vex;
         let old = self.machine.vector(index);
-        let source_size = self.operand(1).size();
+        let source_size = self.size_of(1);
         let source = if op == Op::VecMasked { 2 } else { 1 };
         let (bits, read) = if op == Op::VecBroadcast {
             let bits = self.moved(size);
             (bits, folded(bits, source_size))
         } else {
-            let bits = self.moved(self.operand(source).size());
+            let bits = self.moved(self.size_of(source));
             (bits, bits)
         };
         let mut value = self.vector_operand(source, read)?;
@@ -217,7 +216,7 @@ impl<M: Machine> Run<'_, M> {
                 size
             }
             Op::VecInsert => {
-                let len = self.operand(2).size();
+                let len = self.size_of(2);
                 let element = self.vector_operand(2, first(len))?;
                 let at = self.element_at(3, size, len)?;
                 overlay(
@@ -263,10 +262,10 @@ impl<M: Machine> Run<'_, M> {
             Op::VecExtract => {
                 // SDM 2A 2.8, class E6NF: a mask suppresses no fault.
                 self.memory(mem, 0, Intent::Write)?;
-                let at = self.element_at(2, self.operand(1).size(), mem.size)?;
+                let at = self.element_at(2, self.size_of(1), mem.size)?;
                 (shifted_down(&source, at), self.moved(mem.size))
             }
-            _ => return Err(Step::Unsupported),
+            _ => return Err(Stop::UNSUPPORTED),
         };
         self.check_vector_alignment(mem, bits)?;
         self.write_bytes(mem, bits, &value)
@@ -311,7 +310,7 @@ impl<M: Machine> Run<'_, M> {
             Intent::Read,
             &mut |run, place, span| match into.get_mut(place) {
                 Some(bytes) => run.read(span, bytes),
-                None => Err(Step::Unsupported),
+                None => Err(Stop::UNSUPPORTED),
             },
         )
     }
@@ -327,7 +326,7 @@ impl<M: Machine> Run<'_, M> {
                 Intent::Write,
                 &mut |run, place, span| match from.get(place) {
                     Some(bytes) => run.write_backed(span, bytes, backing),
-                    None => Err(Step::Unsupported),
+                    None => Err(Stop::UNSUPPORTED),
                 },
             )?;
         }
@@ -340,7 +339,7 @@ impl<M: Machine> Run<'_, M> {
         if self.insn.op == Op::Stmxcsr {
             let value = self.machine.mxcsr();
             let destination = self.place(0, Intent::Write)?;
-            return self.put(&destination, value.into());
+            return self.put(destination, value.into());
         }
         let value = self.fetch(0)? as u32;
         if self.machine.set_mxcsr(value) {
@@ -374,7 +373,7 @@ impl<M: Machine> Run<'_, M> {
             }
             _ => {
                 let destination = self.place(0, Intent::Write)?;
-                self.put(&destination, source)?;
+                self.put(destination, source)?;
                 None
             }
         };

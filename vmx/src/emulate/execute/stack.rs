@@ -1,11 +1,10 @@
 //! The stack instructions and the near branches that use it or memory. SDM 2B
 //! "PUSH", "POP", 2A "CALL", "JMP", "LEAVE", 2B "RET"; SDM 1 6.2 "Stacks".
 
-use super::access::{Intent, Place, Span};
+use super::access::{Intent, Span};
 use super::address::truncate;
 use super::flags::mask;
-use super::{Next, Outcome, RESUME, Run};
-use crate::emulate::Step;
+use super::{Next, Outcome, RESUME, Run, Stop};
 use crate::emulate::insn::Operand;
 use crate::emulate::machine::{Exception, Gpr, Machine, Seg};
 
@@ -100,7 +99,7 @@ impl<M: Machine> Run<'_, M> {
         let source = self.place(0, Intent::Read)?;
         // Find the stack's faults before a device is read.
         self.room(size)?;
-        let value = self.get(&source)?;
+        let value = self.get(source)?;
         self.push_value(value, size)
     }
 
@@ -142,18 +141,19 @@ impl<M: Machine> Run<'_, M> {
                 } else {
                     0
                 };
-                Place::Memory(self.memory(&mem, moved, Intent::Write)?)
+                let span = self.memory(&mem, moved, Intent::Write)?;
+                self.resolved_to(0, span)
             }
-            operand => self.resolve(operand, Intent::Write)?,
+            operand => self.resolve(0, operand, Intent::Write)?,
         };
         let value = self.load(&span)? as u64;
-        if let Place::Memory(_) = destination {
-            self.put(&destination, value)?;
+        if self.is_memory(destination) {
+            self.put(destination, value)?;
             self.set_stack_pointer(top);
             return Ok(());
         }
         self.set_stack_pointer(top);
-        self.put(&destination, value)
+        self.put(destination, value)
     }
 
     /// PUSHA and PUSHAD, as one access.
@@ -206,7 +206,7 @@ impl<M: Machine> Run<'_, M> {
         let flags = self.machine.rflags();
         if flags & FLAG_VM != 0 && flags & FLAG_IOPL != FLAG_IOPL {
             if self.machine.cr4() & CR4_VME != 0 {
-                return Err(Step::Unsupported);
+                return Err(Stop::UNSUPPORTED);
             }
             return Self::fault(Exception::PROTECTION);
         }
@@ -245,14 +245,14 @@ impl<M: Machine> Run<'_, M> {
     pub(super) fn enter(&mut self) -> Outcome<()> {
         let (size, width) = (self.element_size(), self.stack_size());
         let (Operand::Imm(locals), Operand::Imm(level)) = (self.operand(0), self.operand(1)) else {
-            return Err(Step::Unsupported);
+            return Err(Stop::UNSUPPORTED);
         };
         let level = level as u8 & 31;
         let count = level.wrapping_add(1);
         let mut bytes = [0u8; 64];
         let used = usize::from(size).wrapping_mul(count.into());
         if used > bytes.len() {
-            return Err(Step::Unsupported);
+            return Err(Stop::UNSUPPORTED);
         }
         let old_top = self.machine.gpr(Gpr::Rsp);
         let frame = truncate(old_top.wrapping_sub(size.into()), width);

@@ -7,7 +7,7 @@
 
 use super::access::{Intent, Span};
 use super::flags::{self, DF, STATUS, ZF};
-use super::{Next, Outcome, Run, TRAP};
+use super::{Next, Outcome, Run, Stop, TRAP};
 use crate::emulate::Step;
 use crate::emulate::insn::{Mem, Op, Operand, Repeat};
 use crate::emulate::machine::{Gpr, Machine, PORT_BUFFER_LEN};
@@ -41,6 +41,7 @@ fn ends_early(repeat: Repeat, found: Option<u64>) -> bool {
 
 impl<M: Machine> Run<'_, M> {
     /// Runs a string instruction until it is complete or has to stop.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn string(&mut self) -> Outcome<Next> {
         let repeat = self.insn.prefixes.repeat;
         if repeat == Repeat::No {
@@ -82,6 +83,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// One iteration, or up to `most` for INS and OUTS.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn pass(&mut self, most: u64) -> Outcome<Pass> {
         let mut pass = Pass {
             count: 1,
@@ -102,7 +104,7 @@ impl<M: Machine> Run<'_, M> {
     fn element(&self, n: usize) -> Outcome<Mem> {
         match self.operand(n) {
             Operand::Mem(mem) => Ok(mem),
-            _ => Err(Step::Unsupported),
+            _ => Err(Stop::UNSUPPORTED),
         }
     }
 
@@ -155,12 +157,12 @@ impl<M: Machine> Run<'_, M> {
     /// CMPS subtracts the element at rDI from the one at rSI, SCAS from rAX.
     /// Returns the status flags.
     fn compare_element(&mut self) -> Outcome<u64> {
-        let size = self.operand(1).size();
+        let size = self.size_of(1);
         // Processors look at rDI first; the order shows when both fault.
         let second = self.place(1, Intent::Read)?;
         let first = self.place(0, Intent::Read)?;
-        let a = self.get(&first)?;
-        let b = self.get(&second)?;
+        let a = self.get(first)?;
+        let b = self.get(second)?;
         let (_, found) = flags::sub(a, b, false, size);
         if self.insn.op == Op::Cmps {
             self.advance(Gpr::Rsi, size);
@@ -170,6 +172,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// Finds how many elements of INS or OUTS one exit can carry.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn batch(&mut self, mem: &Mem, most: u64, intent: Intent) -> Outcome<Batch> {
         let size = u64::from(mem.size);
         let port = self.reg(Gpr::Rdx, 2) as u16;
@@ -222,15 +225,15 @@ impl<M: Machine> Run<'_, M> {
         match self.log.recall(Kind::In, u64::from(port), size, count) {
             Recall::Answered(_) => {}
             Recall::Ask => {
-                return Err(Step::In {
+                return Err(self.keep(Step::In {
                     port,
                     size,
                     count,
                     down,
-                });
+                }));
             }
-            Recall::Lost => return Err(Step::Again),
-            Recall::Full => return Err(Step::Unsupported),
+            Recall::Lost => return Err(Stop::AGAIN),
+            Recall::Full => return Err(Stop::UNSUPPORTED),
         }
         let mut bytes = [0u8; PORT_BUFFER_LEN];
         if let Some(used) = bytes.get_mut(..usize::from(batch.bytes)) {
@@ -251,6 +254,7 @@ impl<M: Machine> Run<'_, M> {
     }
 
     /// OUTS.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn output(&mut self, most: u64) -> Outcome<u64> {
         let mem = self.element(1)?;
         let batch = self.batch(&mem, most, Intent::Read)?;
@@ -267,15 +271,15 @@ impl<M: Machine> Run<'_, M> {
                 if let Some(used) = bytes.get(..usize::from(batch.bytes)) {
                     self.machine.write_port_buffer(0, used);
                 }
-                return Err(Step::Out {
+                return Err(self.keep(Step::Out {
                     port,
                     size,
                     count,
                     down,
-                });
+                }));
             }
-            Recall::Lost => return Err(Step::Again),
-            Recall::Full => return Err(Step::Unsupported),
+            Recall::Lost => return Err(Stop::AGAIN),
+            Recall::Full => return Err(Stop::UNSUPPORTED),
         }
         self.advance(Gpr::Rsi, batch.bytes);
         Ok(batch.count)

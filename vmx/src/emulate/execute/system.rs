@@ -9,7 +9,7 @@ use super::segment::{
     CODE, CONFORMING, Loaded, NON_SYSTEM, NOT_PRESENT, PRESENT, PROTECTION, READ_WRITE, UNUSABLE,
     dpl, refuse,
 };
-use super::{Outcome, Run};
+use super::{Outcome, Run, Stop};
 use crate::emulate::Step;
 use crate::emulate::insn::{Op, Operand};
 use crate::emulate::machine::{Exception, Machine, SegmentState, Table};
@@ -47,13 +47,13 @@ impl<M: Machine> Run<'_, M> {
         };
         self.check_umip()?;
         let destination = self.place(0, Intent::Write)?;
-        self.put(&destination, value)
+        self.put(destination, value)
     }
 
     /// SGDT, SIDT, LGDT, LIDT.
     pub(super) fn descriptor_table(&mut self) -> Outcome<()> {
         let Operand::Mem(mem) = self.operand(0) else {
-            return Err(Step::Unsupported);
+            return Err(Stop::UNSUPPORTED);
         };
         let op = self.insn.op;
         let table = match op {
@@ -160,14 +160,16 @@ impl<M: Machine> Run<'_, M> {
         let found = match self.descriptor(selector, 8) {
             _ if selector & 0xfffc == 0 => None,
             Ok((_, raw)) => self.inspected(Self::described(selector, raw), raw as u64),
-            Err(Step::Fault(Exception {
-                vector: PROTECTION, ..
-            })) => None,
-            Err(step) => return Err(step),
+            Err(stop) => match self.step_of(stop) {
+                Step::Fault(Exception {
+                    vector: PROTECTION, ..
+                }) => None,
+                _ => return Err(stop),
+            },
         };
         if let (Some(value), true) = (found, shows) {
             let destination = self.place(0, Intent::Write)?;
-            self.put(&destination, value)?;
+            self.put(destination, value)?;
         }
         self.commit_flags(ZF, when(found.is_some(), ZF));
         Ok(())
