@@ -143,16 +143,31 @@ impl<T> Shared<T> {
     }
 }
 
+/// Counts a reference. A count that would wrap is held at the top: the value
+/// then leaks, which is safe, instead of being freed early.
+#[inline(never)]
+fn one_more(count: &AtomicUsize) {
+    let _ = count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| {
+        (n < usize::MAX).then(|| n.saturating_add(1))
+    });
+}
+
+/// Counts a reference less; whether it was the last.
+#[inline(never)]
+fn one_less(count: &AtomicUsize) -> bool {
+    let before = count.fetch_update(Ordering::Release, Ordering::Relaxed, |n| {
+        (n < usize::MAX).then(|| n.saturating_sub(1))
+    });
+    if before != Ok(1) {
+        return false;
+    }
+    fence(Ordering::Acquire);
+    true
+}
+
 impl<T> Clone for Shared<T> {
     fn clone(&self) -> Self {
-        // A count that would wrap is held at the top: the value then leaks,
-        // which is safe, instead of being freed early.
-        let _ = self
-            .counted()
-            .count
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| {
-                (n < usize::MAX).then(|| n.saturating_add(1))
-            });
+        one_more(&self.counted().count);
         Self(self.0)
     }
 }
@@ -166,14 +181,7 @@ impl<T> Deref for Shared<T> {
 
 impl<T> Drop for Shared<T> {
     fn drop(&mut self) {
-        let before = self
-            .counted()
-            .count
-            .fetch_update(Ordering::Release, Ordering::Relaxed, |n| {
-                (n < usize::MAX).then(|| n.saturating_sub(1))
-            });
-        if before == Ok(1) {
-            fence(Ordering::Acquire);
+        if one_less(&self.counted().count) {
             // SAFETY: the count reached zero, so this was the last reference,
             // and the allocation came from `try_box`.
             drop(unsafe { Box::from_raw(self.0.as_ptr()) });

@@ -353,6 +353,7 @@ impl<H: Host> Operation<H> {
     ///
     /// # Errors
     /// See [`NotLoaded`].
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn load_in_turn<'a>(
         &'a self,
         turn: &'a Turn<'a, H>,
@@ -371,6 +372,7 @@ impl<H: Host> Operation<H> {
     }
 
     /// Makes a VMCS current that is active here or nowhere. Interrupts are off.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn load_here<'a>(
         &'a self,
         place: Place,

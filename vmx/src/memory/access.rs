@@ -27,6 +27,7 @@ impl<H: Host> AddressSpace<H> {
     ///
     /// # Errors
     /// [`AccessError`] for the first byte that is not.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn check(&self, gpa: Gpa, length: usize, write: bool) -> Result<(), AccessError> {
         self.inner.pieces(gpa, length, write, &mut |_, _, _| Ok(()))
     }
@@ -35,6 +36,7 @@ impl<H: Host> AddressSpace<H> {
     ///
     /// # Errors
     /// [`AccessError`]; `bytes` may be partly filled.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn read(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), AccessError> {
         let _lane = self.inner.lane();
         let user = &self.inner.user;
@@ -116,6 +118,7 @@ impl<H: Host> Reader<'_, H> {
     ///
     /// # Errors
     /// [`AccessError`].
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn read(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), AccessError> {
         let known = self.piece.get();
         let hva = if known.start <= gpa.0 && gpa.0 < known.end {
@@ -202,6 +205,7 @@ impl<H: Host> Inner<H> {
 
     /// The client's address of `gpa`, and how many bytes go on from there in
     /// the same slot and protection group.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn resolve(&self, gpa: Gpa, write: bool) -> Result<(Hva, u64), AccessError> {
         let core = self.core.lock();
         let slot = core.slots.find(gpa.0).ok_or(AccessError::Mmio(gpa))?;

@@ -27,6 +27,7 @@ enum Look {
 }
 
 impl<H: Host> Inner<H> {
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn fault(
         &self,
         gpa: Gpa,
@@ -65,6 +66,7 @@ impl<H: Host> Inner<H> {
 
     /// Where the touched page is, brought in if need be, and which of those
     /// around it are there too.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn borrow(
         &self,
         slot: &Slot,
@@ -151,6 +153,7 @@ impl<H: Host> Inner<H> {
         }
     }
 
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn look(&self, gpa: Gpa, access: Access) -> Look {
         // The tables below would take the address modulo 2^48.
         if gpa.0 >= self.limit {
@@ -183,6 +186,7 @@ impl<H: Host> Inner<H> {
     }
 
     /// Writes the leaf, if nothing has changed since `look`.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn map(
         &self,
         gpa: Gpa,

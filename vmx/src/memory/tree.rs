@@ -303,6 +303,7 @@ impl<T: Span> Tree<T> {
     }
 
     /// The last entry at or below `key`.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn floor(&self, key: Key) -> Option<&T> {
         let mut best = None;
         let mut link = &self.root;
@@ -375,6 +376,7 @@ impl<T: Span> Tree<T> {
     }
 }
 
+#[cfg_attr(haxm_module, optimize(speed))]
 fn overlap<T: Span>(link: &Link<T>, after: Option<Key>, start: u64, end: u64) -> Option<&T> {
     let mut link = link;
     while let Some(node) = link {

@@ -118,6 +118,7 @@ pub trait TableMemory {
 ///
 /// # Errors
 /// [`WalkFault`].
+#[cfg_attr(haxm_module, optimize(speed))]
 pub fn translate<M: TableMemory + ?Sized>(
     memory: &M,
     paging: &Paging,
@@ -252,6 +253,7 @@ impl<'a> Walk<'a> {
     }
 
     /// One walk from the top. `None`: an entry changed under it.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn attempt<M: TableMemory + ?Sized>(
         &self,
         memory: &M,

@@ -108,7 +108,7 @@ impl DebugRegisters {
             self.client_dr7 = dr7_fixed(d7);
         }
         self.changed();
-        current.write(field::GUEST_DR7, self.dr7());
+        current.put(field::GUEST_DR7, self.dr7());
     }
 
     /// DR7, or who debugs, changed.
@@ -158,7 +158,7 @@ impl DebugRegisters {
     pub fn clear_general_detect<H: Host>(&mut self, current: &Current<'_, H>) {
         if self.guest_dr7 & DR7_GD != 0 {
             self.guest_dr7 &= !DR7_GD;
-            current.write(field::GUEST_DR7, self.dr7());
+            current.put(field::GUEST_DR7, self.dr7());
         }
     }
 
@@ -234,7 +234,7 @@ impl DebugRegisters {
                 self.guest_dr7 = dr7_fixed(value);
                 self.changed();
                 if !self.is_enabled() {
-                    current.write(field::GUEST_DR7, self.guest_dr7);
+                    current.put(field::GUEST_DR7, self.guest_dr7);
                 }
             }
             _ => {
@@ -263,6 +263,7 @@ impl DebugRegisters {
 
     /// Gives the processor this vCPU's DR0-3 if any of its breakpoints is
     /// enabled.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn load(&mut self, cpu: &impl Cpu) {
         if self.loaded || self.dr7() & ENABLES == 0 {
             return;
@@ -276,6 +277,7 @@ impl DebugRegisters {
     }
 
     /// Gives the processor the host's DR0-3 and DR6 back.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn restore(&mut self, cpu: &impl Cpu) {
         if !self.loaded {
             return;

@@ -102,6 +102,7 @@ impl<H: Host> Vcpu<H> {
     ///
     /// # Errors
     /// [`Error::Fault`]: the VMCS could not be loaded.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn emulate(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
         let known = inner.emulation.insn;
         if known.is_none() || inner.emulation.snapshot.is_none() {
@@ -177,6 +178,7 @@ impl<H: Host> Vcpu<H> {
         Ok(Next::Work(Work::Emulate))
     }
 
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn act(&self, inner: &mut Inner<H>, step: Step, blocked: Option<Blocked>) -> Next {
         match step {
             Step::Done => {
@@ -239,6 +241,7 @@ impl<H: Host> Vcpu<H> {
         }
     }
 
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn string_io(
         &self,
         direction: IoDirection,

@@ -154,22 +154,20 @@ impl Events {
     /// Delivery"; 27.6.1.1 tells what a repeated software interrupt needs. It is no
     /// NMI: those of the host exit, and none is injected.
     pub fn take_interrupted<H: Host>(&mut self, current: &Current<'_, H>) {
-        let word = InterruptionInfo(current.read(field::IDT_VECTORING_INFO));
+        let word = InterruptionInfo(current.get(field::IDT_VECTORING_INFO));
         if !word.is_valid() {
             return;
         }
         let kind = word.kind();
         let error_code = if word.has_error_code() {
-            current.read(field::IDT_VECTORING_ERROR)
+            current.get(field::IDT_VECTORING_ERROR)
         } else {
             0
         };
         let length = match kind {
             EventKind::SoftwareInterrupt
             | EventKind::SoftwareException
-            | EventKind::PrivilegedSoftwareException => {
-                current.read(field::EXIT_INSTRUCTION_LENGTH)
-            }
+            | EventKind::PrivilegedSoftwareException => current.get(field::EXIT_INSTRUCTION_LENGTH),
             _ => 0,
         };
         self.waiting = Some(Event {
@@ -190,10 +188,10 @@ impl Events {
             word &= !InterruptionInfo::ERROR_CODE;
         }
         if word & InterruptionInfo::ERROR_CODE != 0 {
-            current.write(field::ENTRY_ERROR_CODE, event.error_code);
+            current.put(field::ENTRY_ERROR_CODE, event.error_code);
         }
         if event.length != 0 {
-            current.write(field::ENTRY_INSTRUCTION_LENGTH, event.length);
+            current.put(field::ENTRY_INSTRUCTION_LENGTH, event.length);
         }
         current.write(field::ENTRY_INTERRUPTION_INFO, word);
         true

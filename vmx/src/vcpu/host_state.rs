@@ -44,38 +44,38 @@ impl HostState {
         let cpu = current.cpu();
         let selectors = cpu.kernel_selectors();
         self.gdtr = cpu.gdtr();
-        current.write(field::HOST_CR0, cpu.cr0());
-        current.write(field::HOST_CS_SELECTOR, selectors.cs & !7);
-        current.write(field::HOST_SS_SELECTOR, selectors.ss & !7);
-        current.write(field::HOST_TR_SELECTOR, selectors.tr & !7);
+        current.put(field::HOST_CR0, cpu.cr0());
+        current.put(field::HOST_CS_SELECTOR, selectors.cs & !7);
+        current.put(field::HOST_SS_SELECTOR, selectors.ss & !7);
+        current.put(field::HOST_TR_SELECTOR, selectors.tr & !7);
         // SDM 27.2.3 "Checks on Host Segment and Descriptor-Table Registers":
         // RPL and TI must be 0, so a user's selector cannot stand here.
         // `restore` puts it back.
-        current.write(field::HOST_DS_SELECTOR, 0);
-        current.write(field::HOST_ES_SELECTOR, 0);
-        current.write(field::HOST_FS_SELECTOR, 0);
-        current.write(field::HOST_GS_SELECTOR, 0);
-        current.write(field::HOST_GDTR_BASE, self.gdtr.base);
-        current.write(field::HOST_IDTR_BASE, cpu.idtr().base);
-        current.write(field::HOST_TR_BASE, cpu.tr_base());
-        current.write(field::HOST_GS_BASE, read_msr(cpu, msr::IA32_GS_BASE));
-        current.write(field::HOST_EFER, read_msr(cpu, msr::IA32_EFER));
-        current.write(field::HOST_PAT, read_msr(cpu, msr::IA32_PAT));
+        current.put(field::HOST_DS_SELECTOR, 0);
+        current.put(field::HOST_ES_SELECTOR, 0);
+        current.put(field::HOST_FS_SELECTOR, 0);
+        current.put(field::HOST_GS_SELECTOR, 0);
+        current.put(field::HOST_GDTR_BASE, self.gdtr.base);
+        current.put(field::HOST_IDTR_BASE, cpu.idtr().base);
+        current.put(field::HOST_TR_BASE, cpu.tr_base());
+        current.put(field::HOST_GS_BASE, read_msr(cpu, msr::IA32_GS_BASE));
+        current.put(field::HOST_EFER, read_msr(cpu, msr::IA32_EFER));
+        current.put(field::HOST_PAT, read_msr(cpu, msr::IA32_PAT));
         #[expect(clippy::cast_possible_truncation, reason = "the register has 32 bits")]
-        current.write(
+        current.put(
             field::HOST_SYSENTER_CS,
             read_msr(cpu, msr::IA32_SYSENTER_CS) as u32,
         );
         let esp = read_msr(cpu, msr::IA32_SYSENTER_ESP);
-        current.write(field::HOST_SYSENTER_ESP, esp);
+        current.put(field::HOST_SYSENTER_ESP, esp);
         let eip = read_msr(cpu, msr::IA32_SYSENTER_EIP);
-        current.write(field::HOST_SYSENTER_EIP, eip);
+        current.put(field::HOST_SYSENTER_EIP, eip);
         self.cr3 = cpu.cr3();
-        current.write(field::HOST_CR3, self.cr3);
+        current.put(field::HOST_CR3, self.cr3);
         self.cr4 = cpu.cr4();
-        current.write(field::HOST_CR4, self.cr4);
+        current.put(field::HOST_CR4, self.cr4);
         self.fs_base = read_msr(cpu, msr::IA32_FS_BASE);
-        current.write(field::HOST_FS_BASE, self.fs_base);
+        current.put(field::HOST_FS_BASE, self.fs_base);
     }
 
     /// Writes what belongs to this thread, where it changed, and notes what

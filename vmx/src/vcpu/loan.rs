@@ -17,10 +17,13 @@ const TRIES: u32 = 1000;
 
 /// Fills the MSR bitmap's page before the processor gets its address.
 pub fn fill_bitmap<H: Host>(page: &OwnedPage<H>) {
-    for offset in 0..msr_bitmap::MSR_BITMAP_SIZE {
-        let to = page.pointer().wrapping_add(usize::from(offset));
-        // SAFETY: inside a page that is ours and not yet the processor's.
-        unsafe { to.write_volatile(msr_bitmap::byte_at(offset)) };
+    // SAFETY: a page that is ours and not yet the processor's.
+    unsafe {
+        page.pointer()
+            .write_bytes(0xff, msr_bitmap::MSR_BITMAP_SIZE);
+    };
+    for (register, write) in msr_bitmap::passed() {
+        pass_through(page, register, write);
     }
 }
 
@@ -38,6 +41,7 @@ pub fn pass_through<H: Host>(page: &OwnedPage<H>, register: u32, write: bool) {
 
 impl<H: Host> Vcpu<H> {
     /// What follows from where the VMCS was before.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn taken_up(inner: &mut Inner<H>, loan: &Loan<'_, H>, current: &Current<'_, H>) {
         if loan.is_fresh() {
             inner.registers.general.how &= !how::LAUNCHED;
@@ -68,6 +72,7 @@ impl<H: Host> Vcpu<H> {
 
     /// Loads the VMCS, which is active here or nowhere, until `slot` is dropped.
     #[inline(never)]
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn load_in_turn<'a, 's>(
         &'a self,
         inner: &mut Inner<H>,
@@ -88,6 +93,20 @@ impl<H: Host> Vcpu<H> {
         inner: &mut Inner<H>,
         call: impl FnOnce(&Current<'_, H>, &mut Inner<H>) -> R,
     ) -> Result<R, Error> {
+        let (mut call, mut result) = (Some(call), None);
+        self.on_short_loan(inner, &mut |current, inner| {
+            result = call.take().map(|call| call(current, inner));
+        })?;
+        result.ok_or(Error::Fault)
+    }
+
+    /// [`Vcpu::with_vmcs`], once for all callers. `call` is called at most once.
+    #[inline(never)]
+    fn on_short_loan(
+        &self,
+        inner: &mut Inner<H>,
+        call: &mut dyn FnMut(&Current<'_, H>, &mut Inner<H>),
+    ) -> Result<(), Error> {
         let host = self.guest().host();
         let operation = self.guest().membership().platform().operation();
         for _ in 0..TRIES {
@@ -96,7 +115,15 @@ impl<H: Host> Vcpu<H> {
                 Ok(loan) => {
                     let current = Current::new(host, loan.loaded());
                     Self::taken_up(inner, &loan, &current);
-                    return self.call_with(inner, &current, call);
+                    inner.quiet = false;
+                    inner.registers.settle_shadow(&current);
+                    call(&current, inner);
+                    inner.registers.flush(&current);
+                    if current.failure().is_some() {
+                        inner.dead = true;
+                        return Err(Error::Fault);
+                    }
+                    return Ok(());
                 }
                 Err(NotLoaded::Refused) => return Err(Error::Fault),
                 Err(NotLoaded::Later) => {}
@@ -105,23 +132,6 @@ impl<H: Host> Vcpu<H> {
             host.yield_now();
         }
         Err(Error::Busy)
-    }
-
-    fn call_with<R>(
-        &self,
-        inner: &mut Inner<H>,
-        current: &Current<'_, H>,
-        call: impl FnOnce(&Current<'_, H>, &mut Inner<H>) -> R,
-    ) -> Result<R, Error> {
-        inner.quiet = false;
-        inner.registers.settle_shadow(current);
-        let result = call(current, inner);
-        inner.registers.flush(current);
-        if current.failure().is_some() {
-            inner.dead = true;
-            return Err(Error::Fault);
-        }
-        Ok(result)
     }
 
     /// Drops this vCPU's linear translations: SDM 29.4.3.1 "Operations that

@@ -232,10 +232,10 @@ impl<H: Host> Inner<H> {
         self.unfinished = None;
         self.events.clear();
         let shadows = Interruptibility::STI | Interruptibility::MOV_SS;
-        let blocking = current.read(field::GUEST_INTERRUPTIBILITY);
-        current.write(field::GUEST_INTERRUPTIBILITY, blocking & !shadows.bits());
-        current.write(field::GUEST_PENDING_DEBUG, 0);
-        current.write(field::GUEST_ACTIVITY, 0);
+        let blocking = current.get(field::GUEST_INTERRUPTIBILITY);
+        current.put(field::GUEST_INTERRUPTIBILITY, blocking & !shadows.bits());
+        current.put(field::GUEST_PENDING_DEBUG, 0);
+        current.put(field::GUEST_ACTIVITY, 0);
     }
 }
 
@@ -284,11 +284,11 @@ impl<H: Host> Vcpu<H> {
         };
         self.with_vmcs(&mut inner, |current, inner| {
             setup::write_constant(current, self.guest().caps(), &pointers);
-            current.write(field::TSC_OFFSET, inner.tsc_offset);
-            current.write(field::GUEST_PAT, inner.msrs.pat());
-            current.write(field::GUEST_SYSENTER_CS, 0);
-            current.write(field::GUEST_SYSENTER_ESP, 0);
-            current.write(field::GUEST_SYSENTER_EIP, 0);
+            current.put(field::TSC_OFFSET, inner.tsc_offset);
+            current.put(field::GUEST_PAT, inner.msrs.pat());
+            current.put(field::GUEST_SYSENTER_CS, 0);
+            current.put(field::GUEST_SYSENTER_ESP, 0);
+            current.put(field::GUEST_SYSENTER_EIP, 0);
             inner.modes.write_all(current);
             state::set(inner, current, &state::power_up());
             inner
@@ -400,7 +400,7 @@ impl<H: Host> Vcpu<H> {
         self.with_vmcs(&mut inner, |current, inner| {
             inner.debug.configure(current, debug);
             let bitmap = setup::ALWAYS_INTERCEPTED | inner.debug.intercepts();
-            current.write(field::EXCEPTION_BITMAP, bitmap);
+            current.put(field::EXCEPTION_BITMAP, bitmap);
         })
     }
 

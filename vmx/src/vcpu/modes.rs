@@ -118,8 +118,8 @@ impl Modes {
 
     /// Guest-physical address space, EFER and all, into the VMCS.
     pub fn write_all<H: Host>(&self, current: &Current<'_, H>) {
-        current.write(field::CR0_MASK, self.cr0_mask);
-        current.write(field::CR4_MASK, self.cr4_mask);
+        current.put(field::CR0_MASK, self.cr0_mask);
+        current.put(field::CR4_MASK, self.cr4_mask);
         self.write_cr0(current);
         self.write_cr4(current);
         self.write_efer(current);
@@ -144,10 +144,10 @@ impl Modes {
     }
 
     fn write_efer<H: Host>(&self, current: &Current<'_, H>) {
-        current.write(field::GUEST_EFER, self.efer);
+        current.put(field::GUEST_EFER, self.efer);
         let mut entry = self.entry;
         entry.set(Entry::IA32E_MODE_GUEST, self.is_long_mode());
-        current.write(field::ENTRY_CONTROLS, entry.bits());
+        current.put(field::ENTRY_CONTROLS, entry.bits());
     }
 
     /// CR0 as the guest would read it.
@@ -206,8 +206,8 @@ impl Modes {
                 // SDM 27.3.1.2 "Checks on Guest Segment Registers": in IA-32e
                 // mode TR is a busy 64-bit TSS. A processor makes no such check
                 // when software enters the mode before LTR.
-                let rights = current.read(field::GUEST_TR_RIGHTS);
-                current.write(field::GUEST_TR_RIGHTS, (rights & !0xf) | 0xb);
+                let rights = current.get(field::GUEST_TR_RIGHTS);
+                current.put(field::GUEST_TR_RIGHTS, (rights & !0xf) | 0xb);
             }
         }
         self.write_efer(current);
@@ -227,7 +227,7 @@ impl Modes {
                 self.write_cr0(current);
                 self.follow_lma(current);
             }
-            3 => current.write(field::GUEST_CR3, old),
+            3 => current.put(field::GUEST_CR3, old),
             _ => {
                 self.cr4 = old;
                 self.write_cr4(current);
@@ -239,6 +239,7 @@ impl Modes {
     ///
     /// # Errors
     /// #GP.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn guest_write_cr0<H: Host>(
         &mut self,
         current: &Current<'_, H>,
@@ -294,6 +295,7 @@ impl Modes {
     ///
     /// # Errors
     /// #GP.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn guest_write_cr4<H: Host>(
         &mut self,
         current: &Current<'_, H>,

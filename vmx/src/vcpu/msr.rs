@@ -155,6 +155,7 @@ enum Home {
 impl Home {
     /// HAXM's list, with HAXM's values where the processor's would say nothing
     /// that is true of a guest.
+    #[cfg_attr(haxm_module, optimize(speed))]
     const fn of(register: u32) -> Option<Self> {
         Some(match register {
             msr::IA32_APIC_BASE => Self::ApicBase,
@@ -337,6 +338,7 @@ impl MsrStore {
     ///
     /// # Errors
     /// It does not live here, or cannot be read.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn read(&self, register: u32) -> Result<u64, GpFault> {
         let variable = |place| self.mtrr_variable.get(place as usize).copied();
         let fixed = |place| self.mtrr_fixed.get(place as usize).copied();
@@ -360,6 +362,7 @@ impl MsrStore {
     /// # Errors
     /// It does not live here, is read-only, or does not take the value. Nothing
     /// has changed.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn write(
         &mut self,
         register: u32,

@@ -14,6 +14,7 @@ use crate::host::Host;
 ///
 /// # Errors
 /// There is no such register.
+#[cfg_attr(haxm_module, optimize(speed))]
 pub fn read<H: Host>(
     vcpu: &Vcpu<H>,
     inner: &mut Inner<H>,
@@ -27,8 +28,8 @@ pub fn read<H: Host>(
             .wrapping_add(vcpu.guest().tsc_offset()),
         Msr::TscAdjust => vcpu.guest().tsc_adjust(),
         Msr::Efer => inner.modes.efer(),
-        Msr::FsBase => current.read(field::GUEST_FS_BASE),
-        Msr::GsBase => current.read(field::GUEST_GS_BASE),
+        Msr::FsBase => current.get(field::GUEST_FS_BASE),
+        Msr::GsBase => current.get(field::GUEST_GS_BASE),
         Msr::Switched => {
             if inner.registers.general.on_loan != 0 {
                 // SWAPGS may have changed it since the entry.
@@ -36,9 +37,9 @@ pub fn read<H: Host>(
             }
             inner.switched.get(register).ok_or(GpFault)?
         }
-        Msr::SysenterCs => u64::from(current.read(field::GUEST_SYSENTER_CS)),
-        Msr::SysenterEsp => current.read(field::GUEST_SYSENTER_ESP),
-        Msr::SysenterEip => current.read(field::GUEST_SYSENTER_EIP),
+        Msr::SysenterCs => u64::from(current.get(field::GUEST_SYSENTER_CS)),
+        Msr::SysenterEsp => current.get(field::GUEST_SYSENTER_ESP),
+        Msr::SysenterEip => current.get(field::GUEST_SYSENTER_EIP),
         Msr::ApicBase | Msr::Pat | Msr::Stored => inner.msrs.read(register)?,
         Msr::SpecCtrl => inner.registers.general.spec_ctrl,
         Msr::ArchCapabilities => vcpu
@@ -66,6 +67,7 @@ pub fn is_unknown<H: Host>(inner: &Inner<H>, register: u32) -> bool {
 ///
 /// # Errors
 /// There is no such register, or it does not take the value.
+#[cfg_attr(haxm_module, optimize(speed))]
 pub fn write<H: Host>(
     vcpu: &Vcpu<H>,
     inner: &mut Inner<H>,
@@ -142,12 +144,12 @@ pub fn write<H: Host>(
         _ => {
             let value = msr::accept(register, value, &features)?;
             match home {
-                Msr::FsBase => current.write(field::GUEST_FS_BASE, value),
-                Msr::GsBase => current.write(field::GUEST_GS_BASE, value),
+                Msr::FsBase => current.put(field::GUEST_FS_BASE, value),
+                Msr::GsBase => current.put(field::GUEST_GS_BASE, value),
                 #[expect(clippy::cast_possible_truncation, reason = "the field has 32 bits")]
-                Msr::SysenterCs => current.write(field::GUEST_SYSENTER_CS, value as u32),
-                Msr::SysenterEsp => current.write(field::GUEST_SYSENTER_ESP, value),
-                Msr::SysenterEip => current.write(field::GUEST_SYSENTER_EIP, value),
+                Msr::SysenterCs => current.put(field::GUEST_SYSENTER_CS, value as u32),
+                Msr::SysenterEsp => current.put(field::GUEST_SYSENTER_ESP, value),
+                Msr::SysenterEip => current.put(field::GUEST_SYSENTER_EIP, value),
                 _ if inner.switched.set(register, value) => {
                     if inner.registers.general.on_loan != 0 {
                         inner.switched.put(current.cpu(), register);

@@ -26,10 +26,10 @@ pub struct Unfinished {
 /// Writes the four registers.
 pub fn write<H: Host>(current: &Current<'_, H>, entries: [u64; 4]) {
     let [e0, e1, e2, e3] = entries;
-    current.write(field::GUEST_PDPTE0, e0);
-    current.write(field::GUEST_PDPTE1, e1);
-    current.write(field::GUEST_PDPTE2, e2);
-    current.write(field::GUEST_PDPTE3, e3);
+    current.put(field::GUEST_PDPTE0, e0);
+    current.put(field::GUEST_PDPTE1, e1);
+    current.put(field::GUEST_PDPTE2, e2);
+    current.put(field::GUEST_PDPTE3, e3);
 }
 
 impl<H: Host> Vcpu<H> {
@@ -56,7 +56,7 @@ impl<H: Host> Vcpu<H> {
     #[cold]
     #[inline(never)]
     pub(super) fn load_pdptes(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
-        let cr3 = self.with_vmcs(inner, |current, _| current.read(field::GUEST_CR3))?;
+        let cr3 = self.with_vmcs(inner, |current, _| current.get(field::GUEST_CR3))?;
         let entries = self.read_pdptes(cr3);
         let waits = inner.unfinished.take();
         inner.pdptes_stale = false;

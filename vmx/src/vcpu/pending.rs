@@ -55,6 +55,7 @@ impl PendingVectors {
 
     /// The highest vector that waits.
     #[must_use]
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn highest(&self) -> Option<u8> {
         let words = self.words.iter().enumerate().rev();
         words
@@ -70,6 +71,7 @@ impl PendingVectors {
     /// APIC's to know. Vectors 0 to 15 come from an 8259, which the TPR does
     /// not hold back.
     #[must_use]
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn deliverable(&self, tpr: u8) -> Option<u8> {
         let highest = self.highest()?;
         if highest >> 4 > tpr >> 4 {

@@ -130,6 +130,7 @@ impl Moves {
 
 /// An EPT violation: reads what will be needed if a device is there, as far as
 /// that is likely. `quiet`: nothing was to be done before the last entry.
+#[cfg_attr(haxm_module, optimize(speed))]
 pub fn foresee<H: Host>(
     inner: &mut Inner<H>,
     current: &Current<'_, H>,
@@ -146,6 +147,7 @@ pub fn foresee<H: Host>(
 
 /// Reads all of the [`Touch`] but `quiet`, if the access can be a plain
 /// instruction's.
+#[cfg_attr(haxm_module, optimize(speed))]
 fn read<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, qualification: EptQualification) {
     // One that reads and then writes is a write, and may be a read too.
     let write = qualification.is_write();
@@ -195,6 +197,7 @@ fn read<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, qualification: 
 
 /// Reads what the instruction's address is translated by.
 #[inline(never)]
+#[cfg_attr(haxm_module, optimize(speed))]
 fn read_paging<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, known_cr4: u64, cpl: u8) {
     // The guest sets PSE without an exit, and it counts without PAE only.
     let cr4 = if known_cr4 & Cr4::PAE.bits() == 0 {
@@ -238,6 +241,7 @@ impl<H: Host> Vcpu<H> {
     ///
     /// # Errors
     /// [`Error::Fault`]: the VMCS could not be loaded.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn device_access(
         &self,
         inner: &mut Inner<H>,
@@ -280,6 +284,7 @@ impl<H: Host> Vcpu<H> {
     }
 
     /// The bytes at RIP, as far as they lie in its page.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn code(&self, touch: &Touch) -> Option<Code> {
         let memory = self.guest().memory().reader();
         let gpa = if touch.paging.cr0 & Cr0::PG.bits() == 0 {
@@ -302,6 +307,7 @@ impl<H: Host> Vcpu<H> {
     /// Hands the first access of `insn` to the client, if it is a plain
     /// instruction and all that is known of the access fits. `None`: nothing was
     /// done.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn begin_plain(&self, inner: &mut Inner<H>, insn: Decoded, gpa: Gpa, rom: bool) -> Option<()> {
         let plain = inner.emulation.cache.plain(insn)?;
         let touch = &inner.emulation.moves.touch;
@@ -341,6 +347,7 @@ impl<H: Host> Vcpu<H> {
 
     /// The client has served an access of a plain instruction: finishes it, or
     /// goes to the client with its result. Without one nothing happens.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn finish_plain(&self, inner: &mut Inner<H>) -> Next {
         let Some(unfinished) = inner.emulation.moves.unfinished.take() else {
             return Next::Resume;
@@ -379,6 +386,7 @@ impl<H: Host> Vcpu<H> {
         Next::Resume
     }
 
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn finish_load(&self, registers: &mut Registers, load: &Load) {
         let number = load.register().number();
         let old = registers.known_gpr(number);
@@ -390,6 +398,7 @@ impl<H: Host> Vcpu<H> {
     /// The operand in memory is there: sets register and flags, or asks the
     /// client to write the result and returns the flags (see [`Unfinished`]).
     #[inline(never)]
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn compute(
         &self,
         registers: &mut Registers,

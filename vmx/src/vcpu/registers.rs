@@ -87,6 +87,7 @@ impl Registers {
     }
 
     #[inline(never)]
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn remove_shadow<H: Host>(&mut self, current: &Current<'_, H>) {
         let shadows = (Interruptibility::STI | Interruptibility::MOV_SS).bits();
         let blocking = current.read(field::GUEST_INTERRUPTIBILITY);
@@ -198,6 +199,7 @@ impl Registers {
     }
 
     #[inline(never)]
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn write_back<H: Host>(&mut self, current: &Current<'_, H>) {
         if self.changed & RIP != 0 {
             current.write(field::GUEST_RIP, self.rip);

@@ -62,13 +62,13 @@ pub fn tables<H: Host>(current: &Current<'_, H>) -> Tables {
     };
     [
         table(
-            current.read(field::GUEST_GDTR_BASE),
-            current.read(field::GUEST_GDTR_LIMIT),
+            current.get(field::GUEST_GDTR_BASE),
+            current.get(field::GUEST_GDTR_LIMIT),
         ),
         read(state::LDTR, current),
         table(
-            current.read(field::GUEST_IDTR_BASE),
-            current.read(field::GUEST_IDTR_LIMIT),
+            current.get(field::GUEST_IDTR_BASE),
+            current.get(field::GUEST_IDTR_LIMIT),
         ),
         read(state::TR, current),
     ]
@@ -79,8 +79,8 @@ pub fn tables<H: Host>(current: &Current<'_, H>) -> Tables {
 pub fn pend_breakpoints<H: Host>(current: &Current<'_, H>, hits: u8) {
     /// Bit 12: at least one enabled breakpoint was met.
     const ENABLED: u64 = 1 << 12;
-    let pending = current.read(field::GUEST_PENDING_DEBUG);
-    current.write(
+    let pending = current.get(field::GUEST_PENDING_DEBUG);
+    current.put(
         field::GUEST_PENDING_DEBUG,
         pending | ENABLED | u64::from(hits),
     );
@@ -150,12 +150,12 @@ impl Reload {
             }
         }
         if let Some(SegmentState { base, limit, .. }) = gdtr {
-            current.write(field::GUEST_GDTR_BASE, base);
-            current.write(field::GUEST_GDTR_LIMIT, limit);
+            current.put(field::GUEST_GDTR_BASE, base);
+            current.put(field::GUEST_GDTR_LIMIT, limit);
         }
         if let Some(SegmentState { base, limit, .. }) = idtr {
-            current.write(field::GUEST_IDTR_BASE, base);
-            current.write(field::GUEST_IDTR_LIMIT, limit);
+            current.put(field::GUEST_IDTR_BASE, base);
+            current.put(field::GUEST_IDTR_LIMIT, limit);
         }
         if let Some(status) = self.status {
             // No consequences: neither PG nor WP changes.
@@ -165,7 +165,7 @@ impl Reload {
             return;
         };
         inner.registers.forget_shadow();
-        let old = current.read(field::GUEST_INTERRUPTIBILITY);
+        let old = current.get(field::GUEST_INTERRUPTIBILITY);
         let new = match blocking {
             Blocking::MovSs => {
                 inner.completed = false;
@@ -174,6 +174,6 @@ impl Reload {
             }
             Blocking::NmiEnds => old & !Interruptibility::NMI.bits(),
         };
-        current.write(field::GUEST_INTERRUPTIBILITY, new);
+        current.put(field::GUEST_INTERRUPTIBILITY, new);
     }
 }

@@ -60,6 +60,7 @@ impl<H: Host> Vcpu<H> {
     /// # Errors
     /// [`Error::Busy`]: another thread is in RUN. [`Error::Invalid`]: the VM
     /// entry failed. [`Error::Fault`]: the VMCS could not be loaded.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn run(&self) -> Result<(), Error> {
         let running = Running::start(self)?;
         let mut inner = self.inner.lock();
@@ -79,6 +80,7 @@ impl<H: Host> Vcpu<H> {
         Ok(())
     }
 
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn until_exit(&self, inner: &mut Inner<H>) -> Result<ExitStatus, Error> {
         if inner.dead {
             return Ok(ExitStatus::StateChange);
@@ -115,6 +117,7 @@ impl<H: Host> Vcpu<H> {
     }
 
     /// Work that may sleep.
+    #[cfg_attr(haxm_module, optimize(speed))]
     #[inline(never)]
     fn work(&self, inner: &mut Inner<H>, work: Work) -> Result<Next, Error> {
         let host = self.guest().host();
@@ -271,6 +274,7 @@ impl<H: Host> Vcpu<H> {
 
     /// Any exit.
     #[inline(never)]
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn exit(&self, inner: &mut Inner<H>, current: &Current<'_, H>, word: u32) -> Next {
         let exit = Exit::read(current, word);
         if exit.during_delivery() {
@@ -295,6 +299,7 @@ impl<H: Host> Vcpu<H> {
 
     /// What must be right before an entry; `Some` if there is to be none.
     #[inline(never)]
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn prepare(&self, inner: &mut Inner<H>, current: &Current<'_, H>) -> Option<Next> {
         if core::mem::take(&mut inner.completed) {
             handle::completed(inner, current);
@@ -328,6 +333,7 @@ impl<H: Host> Vcpu<H> {
 
     /// Gives the entry an event, if one can be delivered. Returns whether an
     /// exit is wanted as soon as the guest can take an interrupt.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn inject(&self, inner: &mut Inner<H>, current: &Current<'_, H>) -> bool {
         let asked = self.channel.window() != 0;
         let injected = inner.events.is_waiting() && {
@@ -362,11 +368,13 @@ impl<H: Host> Vcpu<H> {
     /// A vector that INTERRUPT queues is delivered at the next entry, if the guest
     /// can take it and its priority exceeds the TPR. One that the TPR holds back is in
     /// nobody's way: a higher one must get past it.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn has_nothing_waiting(&self, inner: &Inner<H>) -> bool {
         self.vectors.deliverable(inner.priority.get()).is_none() && !inner.events.is_waiting()
     }
 
     /// An EPT violation.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn memory_fault(&self, inner: &mut Inner<H>, gpa: Gpa, access: Access) -> Result<Next, Error> {
         let outcome = self.guest().memory().fault(gpa, access, &mut inner.reserve);
         Ok(match outcome {
@@ -402,12 +410,14 @@ impl<H: Host> Vcpu<H> {
     }
 }
 
+#[cfg_attr(haxm_module, optimize(speed))]
 fn has_if<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> bool {
     inner.registers.rflags(current) & Rflags::IF.bits() != 0
 }
 
 /// The guest can take an external interrupt: SDM 6.8.1 "Masking Maskable
 /// Hardware Interrupts", 25.4.2, table 25-3.
+#[cfg_attr(haxm_module, optimize(speed))]
 fn can_interrupt<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> bool {
     if !has_if(inner, current) {
         return false;

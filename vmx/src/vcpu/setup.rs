@@ -37,50 +37,50 @@ pub fn primary(caps: &Caps) -> Primary {
 
 /// Writes the controls and everything that stays as it is.
 pub fn write_constant<H: Host>(current: &Current<'_, H>, caps: &Caps, pointers: &Pointers) {
-    current.write(field::PIN_CONTROLS, caps.pin.bits());
-    current.write(field::PRIMARY_CONTROLS, primary(caps).bits());
+    current.put(field::PIN_CONTROLS, caps.pin.bits());
+    current.put(field::PRIMARY_CONTROLS, primary(caps).bits());
     if caps.primary.contains(Primary::ACTIVATE_SECONDARY) {
-        current.write(field::SECONDARY_CONTROLS, caps.secondary.bits());
+        current.put(field::SECONDARY_CONTROLS, caps.secondary.bits());
     }
-    current.write(field::EXIT_CONTROLS, caps.exit.bits());
-    current.write(field::ENTRY_CONTROLS, caps.entry.bits());
-    current.write(field::EXCEPTION_BITMAP, ALWAYS_INTERCEPTED);
+    current.put(field::EXIT_CONTROLS, caps.exit.bits());
+    current.put(field::ENTRY_CONTROLS, caps.entry.bits());
+    current.put(field::EXCEPTION_BITMAP, ALWAYS_INTERCEPTED);
     // With bit 14 of the bitmap clear, mask 0 and match 0 exit on no #PF: SDM
     // 26.2 "Other Causes of VM Exits".
-    current.write(field::PAGE_FAULT_ERROR_MASK, 0);
-    current.write(field::PAGE_FAULT_ERROR_MATCH, 0);
-    current.write(field::CR3_TARGET_COUNT, 0);
-    current.write(field::EXIT_MSR_STORE_COUNT, 0);
-    current.write(field::EXIT_MSR_LOAD_COUNT, 0);
-    current.write(field::ENTRY_MSR_LOAD_COUNT, 0);
-    current.write(field::ENTRY_INTERRUPTION_INFO, 0);
-    current.write(field::MSR_BITMAPS, pointers.msr_bitmap.0);
+    current.put(field::PAGE_FAULT_ERROR_MASK, 0);
+    current.put(field::PAGE_FAULT_ERROR_MATCH, 0);
+    current.put(field::CR3_TARGET_COUNT, 0);
+    current.put(field::EXIT_MSR_STORE_COUNT, 0);
+    current.put(field::EXIT_MSR_LOAD_COUNT, 0);
+    current.put(field::ENTRY_MSR_LOAD_COUNT, 0);
+    current.put(field::ENTRY_INTERRUPTION_INFO, 0);
+    current.put(field::MSR_BITMAPS, pointers.msr_bitmap.0);
     if let Some(page) = pointers.virtual_apic {
-        current.write(field::VIRTUAL_APIC_ADDRESS, page.0);
-        current.write(field::TPR_THRESHOLD, 0);
+        current.put(field::VIRTUAL_APIC_ADDRESS, page.0);
+        current.put(field::TPR_THRESHOLD, 0);
     }
     // SDM 25.4.2 "Guest Non-Register State": all ones without VMCS shadowing.
-    current.write(field::VMCS_LINK_POINTER, u64::MAX);
+    current.put(field::VMCS_LINK_POINTER, u64::MAX);
     if caps.secondary.contains(Secondary::ENABLE_EPT) {
-        current.write(field::EPT_POINTER, pointers.eptp);
+        current.put(field::EPT_POINTER, pointers.eptp);
     }
     if caps.secondary.contains(Secondary::ENABLE_VPID) {
-        current.write(field::VPID, pointers.vpid);
+        current.put(field::VPID, pointers.vpid);
     }
     if caps.has_xsaves {
         // No XSAVES exits: IA32_XSS is 0 in the guest.
-        current.write(field::XSS_EXITING_BITMAP, 0);
+        current.put(field::XSS_EXITING_BITMAP, 0);
     }
     if caps.counters != Counters::default() {
         // No counter runs behind an exit that loads this.
         current.write(field::HOST_PERF_GLOBAL_CTRL, 0);
     }
     if caps.secondary.contains(Secondary::PAUSE_LOOP_EXITING) {
-        current.write(field::PLE_GAP, PLE_GAP);
-        current.write(field::PLE_WINDOW, PLE_WINDOW);
+        current.put(field::PLE_GAP, PLE_GAP);
+        current.put(field::PLE_WINDOW, PLE_WINDOW);
     }
-    current.write(field::GUEST_DEBUGCTL, 0);
-    current.write(field::GUEST_ACTIVITY, 0);
-    current.write(field::GUEST_INTERRUPTIBILITY, 0);
-    current.write(field::GUEST_PENDING_DEBUG, 0);
+    current.put(field::GUEST_DEBUGCTL, 0);
+    current.put(field::GUEST_ACTIVITY, 0);
+    current.put(field::GUEST_INTERRUPTIBILITY, 0);
+    current.put(field::GUEST_PENDING_DEBUG, 0);
 }

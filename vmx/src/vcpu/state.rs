@@ -56,31 +56,31 @@ impl SegmentFields {
     /// Reads the register.
     pub fn read<H: Host>(self, current: &Current<'_, H>) -> SegmentDesc {
         SegmentDesc {
-            selector: current.read(self.selector),
+            selector: current.get(self.selector),
             dummy: 0,
-            limit: current.read(self.limit),
-            base: current.read(self.base),
-            ar: current.read(self.rights),
+            limit: current.get(self.limit),
+            base: current.get(self.base),
+            ar: current.get(self.rights),
             ipad: 0,
         }
     }
 
     /// Reads the access rights alone.
     pub fn rights<H: Host>(self, current: &Current<'_, H>) -> u32 {
-        current.read(self.rights)
+        current.get(self.rights)
     }
 
     /// The selector.
     pub fn selector<H: Host>(self, current: &Current<'_, H>) -> u16 {
-        current.read(self.selector)
+        current.get(self.selector)
     }
 
     /// Writes the register as it is given.
     pub fn write_raw<H: Host>(self, current: &Current<'_, H>, value: &SegmentDesc, rights: u32) {
-        current.write(self.selector, value.selector);
-        current.write(self.base, value.base);
-        current.write(self.limit, value.limit);
-        current.write(self.rights, rights & RIGHTS_DEFINED);
+        current.put(self.selector, value.selector);
+        current.put(self.base, value.base);
+        current.put(self.limit, value.limit);
+        current.put(self.rights, rights & RIGHTS_DEFINED);
     }
 
     /// Writes a register that an instruction has loaded, with all its checks.
@@ -169,7 +169,7 @@ pub fn set<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, state: &Vcpu
     inner.registers.set_rflags(state.rflags);
     inner.modes.set_by_client(current, state.cr0, state.cr4);
     inner.cr2 = state.cr2;
-    current.write(field::GUEST_CR3, state.cr3);
+    current.put(field::GUEST_CR3, state.cr3);
     ES.write(current, &state.es);
     CS.write(current, &state.cs);
     SS.write(current, &state.ss);
@@ -178,17 +178,17 @@ pub fn set<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, state: &Vcpu
     GS.write(current, &state.gs);
     LDTR.write(current, &state.ldt);
     TR.write_tr(current, &state.tr, inner.modes.is_long_mode());
-    current.write(field::GUEST_GDTR_BASE, state.gdt.base);
-    current.write(field::GUEST_GDTR_LIMIT, state.gdt.limit & 0xffff);
-    current.write(field::GUEST_IDTR_BASE, state.idt.base);
-    current.write(field::GUEST_IDTR_LIMIT, state.idt.limit & 0xffff);
+    current.put(field::GUEST_GDTR_BASE, state.gdt.base);
+    current.put(field::GUEST_GDTR_LIMIT, state.gdt.limit & 0xffff);
+    current.put(field::GUEST_IDTR_BASE, state.idt.base);
+    current.put(field::GUEST_IDTR_LIMIT, state.idt.limit & 0xffff);
     if !inner.debug.is_enabled() {
         inner.debug.set_guest(
             [state.dr0, state.dr1, state.dr2, state.dr3],
             state.dr6,
             state.dr7,
         );
-        current.write(field::GUEST_DR7, inner.debug.dr7());
+        current.put(field::GUEST_DR7, inner.debug.dr7());
     }
     inner.emulation.forget_registers();
     if state.rip != before {
@@ -214,13 +214,13 @@ pub fn get<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> VcpuState
     state.gs = GS.read(current);
     state.ldt = LDTR.read(current);
     state.tr = TR.read(current);
-    let gdt_limit = current.read(field::GUEST_GDTR_LIMIT);
-    state.gdt = segment(0, current.read(field::GUEST_GDTR_BASE), gdt_limit, 0);
-    let idt_limit = current.read(field::GUEST_IDTR_LIMIT);
-    state.idt = segment(0, current.read(field::GUEST_IDTR_BASE), idt_limit, 0);
+    let gdt_limit = current.get(field::GUEST_GDTR_LIMIT);
+    state.gdt = segment(0, current.get(field::GUEST_GDTR_BASE), gdt_limit, 0);
+    let idt_limit = current.get(field::GUEST_IDTR_LIMIT);
+    state.idt = segment(0, current.get(field::GUEST_IDTR_BASE), idt_limit, 0);
     state.cr0 = inner.modes.cr0(current);
     state.cr2 = inner.cr2;
-    state.cr3 = current.read(field::GUEST_CR3);
+    state.cr3 = current.get(field::GUEST_CR3);
     state.cr4 = inner.modes.cr4(current);
     let dr = inner.debug.guest_breakpoints();
     [state.dr0, state.dr1, state.dr2, state.dr3] = dr;
@@ -233,10 +233,10 @@ pub fn get<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> VcpuState
     {
         state.efer = inner.modes.efer() as u32;
     }
-    state.sysenter_cs = current.read(field::GUEST_SYSENTER_CS);
-    state.sysenter_esp = current.read(field::GUEST_SYSENTER_ESP);
-    state.sysenter_eip = current.read(field::GUEST_SYSENTER_EIP);
-    let blocking = current.read(field::GUEST_INTERRUPTIBILITY);
+    state.sysenter_cs = current.get(field::GUEST_SYSENTER_CS);
+    state.sysenter_esp = current.get(field::GUEST_SYSENTER_ESP);
+    state.sysenter_eip = current.get(field::GUEST_SYSENTER_EIP);
+    let blocking = current.get(field::GUEST_INTERRUPTIBILITY);
     state.interruptibility_state.raw = blocking & (Interruptibility::all().bits() & 0xf);
     state
 }

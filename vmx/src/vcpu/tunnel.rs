@@ -154,6 +154,7 @@ impl<H: Host> Channel<H> {
     }
 
     /// Copies to the I/O buffer; what lies past its 64 bytes is dropped.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn write_buffer(&self, offset: usize, from: &[u8]) {
         let room = IO_BUFFER_SIZE.saturating_sub(offset).min(from.len());
         let from = from.get(..room).unwrap_or_default();

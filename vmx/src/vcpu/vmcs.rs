@@ -62,6 +62,33 @@ impl<'a, H: Host> Current<'a, H> {
         }
     }
 
+    /// [`Current::read`] off the way of frequent exits: a call, so smaller.
+    pub fn get<F: Readable>(&self, field: F) -> <F::Width as Width>::Value {
+        F::Width::truncate(self.get_any(field.encoding()))
+    }
+
+    #[inline(never)]
+    fn get_any(&self, encoding: u32) -> u64 {
+        // SAFETY: the loan keeps a VMCS of ours current.
+        unsafe { self.cpu.vmread(encoding) }.unwrap_or_else(|_| {
+            self.note(encoding);
+            0
+        })
+    }
+
+    /// [`Current::write`] off the way of frequent exits: a call, so smaller.
+    pub fn put<W: Width>(&self, field: Field<W>, value: W::Value) {
+        self.put_any(field.encoding(), value.into());
+    }
+
+    #[inline(never)]
+    fn put_any(&self, encoding: u32, value: u64) {
+        // SAFETY: as in `write`.
+        if unsafe { self.cpu.vmwrite(encoding, value) }.is_err() {
+            self.note(encoding);
+        }
+    }
+
     /// Writes 1 to IA32_PRED_CMD or IA32_FLUSH_CMD, for the guest.
     pub fn command(&self, register: u32) {
         // SAFETY: the guest's CPUID has the register only if the host's has; the

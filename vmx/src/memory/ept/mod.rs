@@ -133,6 +133,7 @@ impl<H: Host> Reserve<H> {
     ///
     /// # Errors
     /// [`NoMemory`].
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn fill(&mut self, host: &H, missing: u32) -> Result<(), NoMemory> {
         if missing > 0 && self.bottom.is_none() {
             self.bottom = Some(Table::boxed(host, false)?);
@@ -145,6 +146,7 @@ impl<H: Host> Reserve<H> {
         Ok(())
     }
 
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn take(&mut self, level: u32) -> Option<Box<Table<H>>> {
         if level == 1 {
             self.bottom.take()
@@ -346,6 +348,7 @@ impl<H: Host> Ept<H> {
     }
 
     /// Writes a leaf for the piece of guest-physical memory around `gpa`.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn install(
         &mut self,
         gpa: Gpa,
@@ -394,6 +397,7 @@ impl<H: Host> Ept<H> {
     /// Writes a leaf of 4 KB for each of `pages` that is there and has none yet.
     /// They follow each other from `first`, in the range of one table, which is
     /// there; `write` is whether any may be written.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn fill(
         &mut self,
         first: Gpa,

@@ -35,6 +35,7 @@ impl Answers {
 
     /// What `table` answers.
     #[inline]
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn get(&mut self, table: &CpuidTable, leaf: u32, subleaf: u32, view: &View) -> CpuidResult {
         // The extended leaves go to the upper half.
         let index = (leaf ^ leaf >> 27) as usize % PLACES;
@@ -50,6 +51,7 @@ impl Answers {
     }
 
     #[inline(never)]
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn look_up(
         &mut self,
         table: &CpuidTable,

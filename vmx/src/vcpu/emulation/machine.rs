@@ -70,16 +70,16 @@ impl Snapshot {
         };
         let pdptes = inner.modes.uses_pdptes().then(|| {
             [
-                current.read(field::GUEST_PDPTE0),
-                current.read(field::GUEST_PDPTE1),
-                current.read(field::GUEST_PDPTE2),
-                current.read(field::GUEST_PDPTE3),
+                current.get(field::GUEST_PDPTE0),
+                current.get(field::GUEST_PDPTE1),
+                current.get(field::GUEST_PDPTE2),
+                current.get(field::GUEST_PDPTE3),
             ]
         });
         Self {
             paging: Paging {
                 cr0,
-                cr3: current.read(field::GUEST_CR3),
+                cr3: current.get(field::GUEST_CR3),
                 cr4,
                 efer: inner.modes.efer(),
                 ac: rflags & Rflags::AC.bits() != 0,
@@ -128,6 +128,7 @@ impl<H: Host> Virtual<'_, H> {
         })
     }
 
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn walk(&self, linear: u64, access: WalkAccess, cpl: u8) -> Result<u64, Fault> {
         if self.snapshot.paging.cr0 & Cr0::PG.bits() == 0 {
             return Ok(linear & 0xffff_ffff);
@@ -163,6 +164,7 @@ impl<H: Host> Virtual<'_, H> {
 
     /// Reads the bytes of the instruction at RIP: at least `wanted` of them,
     /// as many as lie in the page where that is enough. Returns how many.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn fetch(&self, bytes: &mut [u8; MAX_INSN_LEN], wanted: usize) -> Result<usize, Fault> {
         let code = self.segment(Seg::Cs);
         let start = self.registers.known_rip();
@@ -213,6 +215,7 @@ impl<H: Host> Virtual<'_, H> {
         );
     }
 
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn decode(&mut self, cache: &mut DecodeCache) -> Result<Decoded, Fault> {
         let mut bytes = [0; MAX_INSN_LEN];
         let mut have = self.fetch(&mut bytes, 1)?;
@@ -359,6 +362,7 @@ impl<H: Host> Machine for Virtual<'_, H> {
         self.extended.x87_error()
     }
 
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn translate(&mut self, linear: u64, access: Access) -> Result<u64, Fault> {
         let cpl = if access.user {
             3
@@ -372,6 +376,7 @@ impl<H: Host> Machine for Virtual<'_, H> {
         self.walk(linear, wanted, cpl)
     }
 
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn backing(&mut self, gpa: u64, write: bool) -> Result<Backing, Fault> {
         match self.vcpu.guest().memory().check(Gpa(gpa), 1, write) {
             Ok(()) => Ok(Backing::Ram),
@@ -380,6 +385,7 @@ impl<H: Host> Machine for Virtual<'_, H> {
         }
     }
 
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn read_ram(&mut self, gpa: u64, into: &mut [u8]) -> Result<(), Fault> {
         let result = self.vcpu.guest().memory().read(Gpa(gpa), into);
         result.map_err(|error| self.refused(error, false))
@@ -411,6 +417,7 @@ impl<H: Host> Machine for Virtual<'_, H> {
         self.vcpu.channel.read_buffer(offset, into);
     }
 
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn write_port_buffer(&mut self, offset: usize, from: &[u8]) {
         self.vcpu.channel.write_buffer(offset, from);
     }

@@ -17,6 +17,7 @@ const DR6_BD: u64 = 1 << 13;
 
 /// MOV to and from CR0, CR3, CR4, CR8; CLTS; LMSW. The processor has checked
 /// the privilege level.
+#[cfg_attr(haxm_module, optimize(speed))]
 pub fn register<H: Host>(
     vcpu: &Vcpu<H>,
     inner: &mut Inner<H>,
@@ -31,7 +32,7 @@ pub fn register<H: Host>(
         CrAccess::Read { cr, gpr } => {
             let value = match cr {
                 0 => inner.modes.cr0(current),
-                3 => current.read(field::GUEST_CR3),
+                3 => current.get(field::GUEST_CR3),
                 4 => inner.modes.cr4(current),
                 _ => u64::from(inner.priority.get() >> 4),
             };
@@ -80,18 +81,19 @@ fn wait_for_pdptes<H: Host>(
     inner.unfinished = Some(Unfinished {
         cr,
         old,
-        length: current.read(field::EXIT_INSTRUCTION_LENGTH),
+        length: current.get(field::EXIT_INSTRUCTION_LENGTH),
     });
     Next::Work(Work::Pdptes)
 }
 
 /// The operand of MOV to a control register: 32 bits outside 64-bit mode.
+#[cfg_attr(haxm_module, optimize(speed))]
 fn operand<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, gpr: u8) -> u64 {
     let value = inner.registers.get(current, gpr);
     if value >> 32 == 0 {
         return value;
     }
-    let rights = AccessRights::from_bits_retain(current.read(field::GUEST_CS_RIGHTS));
+    let rights = AccessRights::from_bits_retain(current.get(field::GUEST_CS_RIGHTS));
     if inner.modes.efer() & Efer::LMA.bits() != 0 && rights.contains(AccessRights::LONG) {
         value
     } else {
@@ -99,6 +101,7 @@ fn operand<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, gpr: u8) -> 
     }
 }
 
+#[cfg_attr(haxm_module, optimize(speed))]
 fn write<H: Host>(
     inner: &mut Inner<H>,
     current: &Current<'_, H>,
@@ -111,8 +114,8 @@ fn write<H: Host>(
             // Exits only where the processor cannot let it pass.
             let pcide = inner.modes.cr4(current) & Cr4::PCIDE.bits() != 0;
             let keep = pcide && value >> 63 != 0;
-            let old = current.read(field::GUEST_CR3);
-            current.write(field::GUEST_CR3, value & !(u64::from(pcide) << 63));
+            let old = current.get(field::GUEST_CR3);
+            current.put(field::GUEST_CR3, value & !(u64::from(pcide) << 63));
             Ok(Consequences {
                 old,
                 pdptes: inner.modes.uses_pdptes(),
@@ -120,7 +123,7 @@ fn write<H: Host>(
             })
         }
         4 => {
-            let cr3 = current.read(field::GUEST_CR3);
+            let cr3 = current.get(field::GUEST_CR3);
             inner.modes.guest_write_cr4(current, value, cr3)
         }
         // SDM 11.8.6 "Task Priority in IA-32e Mode": bits 63:4 are reserved.
@@ -145,7 +148,7 @@ pub fn debug_register<H: Host>(
     if matches!(index, 4 | 5) && inner.modes.cr4(current) & Cr4::DE.bits() != 0 {
         return raise(vcpu, inner, Exception::UD);
     }
-    let rights = AccessRights::from_bits_retain(current.read(field::GUEST_SS_RIGHTS));
+    let rights = AccessRights::from_bits_retain(current.get(field::GUEST_SS_RIGHTS));
     let protected = inner.modes.cr0(current) & Cr0::PE.bits() != 0;
     if protected && rights.dpl() != 0 {
         return raise(vcpu, inner, Exception::gp(0));

@@ -50,7 +50,7 @@ pub fn handle<H: Host>(
         number => {
             let error_code = info
                 .has_error_code()
-                .then(|| current.read(field::EXIT_INTERRUPTION_ERROR));
+                .then(|| current.get(field::EXIT_INTERRUPTION_ERROR));
             let exception = Exception {
                 vector: number,
                 error_code,
@@ -66,7 +66,7 @@ fn debug_exception<H: Host>(
     inner: &mut Inner<H>,
     current: &Current<'_, H>,
 ) -> Next {
-    let conditions = current.read(field::EXIT_QUALIFICATION);
+    let conditions = current.get(field::EXIT_QUALIFICATION);
     debug_trap(vcpu, inner, current, conditions)
 }
 

@@ -59,6 +59,7 @@ pub enum Work {
 }
 
 /// Handles one exit, if it is not one of those that `Vcpu::once` handles.
+#[cfg_attr(haxm_module, optimize(speed))]
 pub fn dispatch<H: Host>(
     vcpu: &Vcpu<H>,
     inner: &mut Inner<H>,
@@ -97,7 +98,7 @@ pub fn dispatch<H: Host>(
         #[expect(clippy::cast_possible_truncation, reason = "32 bits; at most 15 bytes")]
         Exit::TaskSwitch { qualification } => Next::Work(Work::TaskSwitch {
             qualification: qualification as u32,
-            length: current.read(field::EXIT_INSTRUCTION_LENGTH) as u8,
+            length: current.get(field::EXIT_INSTRUCTION_LENGTH) as u8,
         }),
         Exit::EptMisconfiguration { gpa } => {
             log::error!("EPT misconfiguration at {gpa:?}: internal error");
@@ -171,6 +172,7 @@ pub fn raise<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, exception: Exception
 /// the shadow of STI or MOV SS ends, and a trap flag pends its #DB (SDM
 /// 18.3.1.4 "Single-Step Exception Condition", 25.4.2, table 25-4).
 #[inline(never)]
+#[cfg_attr(haxm_module, optimize(speed))]
 pub fn advance<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) {
     advance_here(inner, current);
 }
@@ -202,7 +204,7 @@ fn debugged<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) {
 /// RIP that went past 4 GB.
 #[cold]
 fn wrapped<H: Host>(inner: &Inner<H>, current: &Current<'_, H>, rip: u64) -> u64 {
-    let rights = AccessRights::from_bits_retain(current.read(field::GUEST_CS_RIGHTS));
+    let rights = AccessRights::from_bits_retain(current.get(field::GUEST_CS_RIGHTS));
     if inner.modes.is_long_mode() && rights.contains(AccessRights::LONG) {
         return rip;
     }
@@ -224,6 +226,6 @@ pub fn completed<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) {
 fn pend_step<H: Host>(current: &Current<'_, H>) {
     /// Bit 14, BS, of the pending debug exceptions.
     const BS: u64 = 1 << 14;
-    let pending = current.read(field::GUEST_PENDING_DEBUG);
-    current.write(field::GUEST_PENDING_DEBUG, pending | BS);
+    let pending = current.get(field::GUEST_PENDING_DEBUG);
+    current.put(field::GUEST_PENDING_DEBUG, pending | BS);
 }

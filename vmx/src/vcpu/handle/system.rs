@@ -47,6 +47,7 @@ pub fn cpuid<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_
 
 /// HLT with nothing to wake it is the client's: it waits for an interrupt. A
 /// vector that IF holds back wakes nobody (SDM vol. 2, "HLT").
+#[cfg_attr(haxm_module, optimize(speed))]
 pub fn halt<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {
     advance(inner, current);
     let wakes = inner.registers.rflags(current) & Rflags::IF.bits() != 0
@@ -76,6 +77,7 @@ pub fn tpr_below_threshold<H: Host>(inner: &mut Inner<H>) -> Next {
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "ECX is the low half")]
+#[cfg_attr(haxm_module, optimize(speed))]
 pub fn rdmsr<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {
     let msr = inner.registers.get(current, 1) as u32;
     match msr_list::read(vcpu, inner, current, msr) {
@@ -94,6 +96,7 @@ pub fn rdmsr<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "ECX is the low half")]
+#[cfg_attr(haxm_module, optimize(speed))]
 pub fn wrmsr<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {
     let msr = inner.registers.get(current, 1) as u32;
     let low = inner.registers.get(current, 0) & LOW;

@@ -120,13 +120,13 @@ impl Old {
             _ => length.into(),
         };
         let rflags = inner.registers.known_rflags();
-        let ss = AccessRights::from_bits_retain(current.read(field::GUEST_SS_RIGHTS));
+        let ss = AccessRights::from_bits_retain(current.get(field::GUEST_SS_RIGHTS));
         let pdptes = inner.modes.uses_pdptes().then(|| {
             [
-                current.read(field::GUEST_PDPTE0),
-                current.read(field::GUEST_PDPTE1),
-                current.read(field::GUEST_PDPTE2),
-                current.read(field::GUEST_PDPTE3),
+                current.get(field::GUEST_PDPTE0),
+                current.get(field::GUEST_PDPTE1),
+                current.get(field::GUEST_PDPTE2),
+                current.get(field::GUEST_PDPTE3),
             ]
         });
         let low = |value: u64| value as u32;
@@ -142,11 +142,11 @@ impl Old {
         Self {
             task,
             tr: state::TR.read(current),
-            gdt: current.read(field::GUEST_GDTR_BASE),
-            gdt_limit: current.read(field::GUEST_GDTR_LIMIT),
+            gdt: current.get(field::GUEST_GDTR_BASE),
+            gdt_limit: current.get(field::GUEST_GDTR_LIMIT),
             paging: Paging {
                 cr0: inner.modes.cr0(current),
-                cr3: current.read(field::GUEST_CR3),
+                cr3: current.get(field::GUEST_CR3),
                 cr4: inner.modes.cr4(current),
                 efer: inner.modes.efer(),
                 ac: rflags & Rflags::AC.bits() != 0,
@@ -421,8 +421,8 @@ impl<H: Host> Vcpu<H> {
         let trap = plan.task.trap && plan.fault.is_none();
         let next = self.with_vmcs(inner, |current, inner| {
             inner.write_task(current, plan);
-            current.write(field::GUEST_INTERRUPTIBILITY, 0);
-            current.write(field::GUEST_PENDING_DEBUG, 0);
+            current.put(field::GUEST_INTERRUPTIBILITY, 0);
+            current.put(field::GUEST_PENDING_DEBUG, 0);
             inner.events.delivered(plan.fault.is_some());
             // The monitor trap flag did not see the instruction.
             inner.step_due = inner.debug.steps();
@@ -533,8 +533,8 @@ impl<H: Host> Inner<H> {
         let tr = plan.descriptor.register(plan.selector);
         state::TR.write_tr(current, &tr, false);
         self.modes.set_task_switched(current);
-        if plan.paging.cr3 != current.read(field::GUEST_CR3) {
-            current.write(field::GUEST_CR3, plan.paging.cr3);
+        if plan.paging.cr3 != current.get(field::GUEST_CR3) {
+            current.put(field::GUEST_CR3, plan.paging.cr3);
         }
         if let Some(entries) = plan.paging.pdptes {
             super::pdptes::write(current, entries);
