@@ -19,6 +19,7 @@ pub(crate) trait Argument {
     fn check_room(&self, size: usize) -> Result<(), Failure>;
 
     /// Copies the argument in.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn get<T: FromBytes + IntoBytes>(&self) -> Result<T, Failure> {
         let mut value = T::new_zeroed();
         self.fill(&mut value)?;

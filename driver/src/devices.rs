@@ -56,7 +56,8 @@ impl<S: Shim> Handle<S> {
 pub struct Devices<S: Shim> {
     pub(crate) shim: S,
     pub(crate) core: Shared<S::Core>,
-    pub(crate) os: Os,
+    /// Use [`Devices::os`].
+    os: Os,
     /// The number of RUN.
     run: u32,
     table: Lock<S::Mutex, Table<S::Core>>,
@@ -85,6 +86,10 @@ impl<S: Shim> Devices<S> {
             handles: AtomicU32::new(0),
             system_handles: AtomicU32::new(0),
         })
+    }
+
+    pub(crate) fn os(&self) -> Os {
+        S::OS.unwrap_or(self.os)
     }
 
     /// The core behind the devices.
@@ -151,7 +156,7 @@ impl<S: Shim> Devices<S> {
                 count(&self.handles);
                 Ok(opened)
             }
-            Err(failure) => Err(status(self.os, Doing::Open, failure)),
+            Err(failure) => Err(status(self.os(), Doing::Open, failure)),
         }
     }
 
@@ -230,7 +235,7 @@ impl<S: Shim> Devices<S> {
     pub(crate) fn create_vm(&self) -> Result<u32, Failure> {
         let vm = Core::create_vm(&self.core)?;
         let id = vm.id();
-        if id >= self.os.max_vms() {
+        if id >= self.os().max_vms() {
             return Err(Failure::NoMemory);
         }
         self.shim
@@ -273,6 +278,7 @@ impl<S: Shim> Devices<S> {
     }
 
     /// A request whose argument is an address in the caller, or nothing.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn ioctl(&self, opened: &Opened<S>, number: u32, argument: u64) -> Status {
         // Far more often than all others together.
         if number == self.run {
@@ -289,7 +295,7 @@ impl<S: Shim> Devices<S> {
     #[cold]
     fn run_failed(&self, failure: Failure) -> Status {
         let run = Doing::Request(Device::Vcpu, Some(Request::Run));
-        status(self.os, run, failure)
+        status(self.os(), run, failure)
     }
 
     #[inline(never)]
@@ -335,7 +341,7 @@ impl<S: Shim> Devices<S> {
             Object::Vm(_) => Device::Vm,
             Object::Vcpu { .. } => Device::Vcpu,
         };
-        let request = self.os.decode(device, number);
+        let request = self.os().decode(device, number);
         let result = match (&opened.0, request.map(Request::canonical)) {
             (_, None) => Err(Failure::Unknown),
             (Object::System, Some(request)) => system::request(self, request, argument),
@@ -346,7 +352,7 @@ impl<S: Shim> Devices<S> {
         };
         match result {
             Ok(()) => Status::DONE,
-            Err(failure) => status(self.os, Doing::Request(device, request), failure),
+            Err(failure) => status(self.os(), Doing::Request(device, request), failure),
         }
     }
 }

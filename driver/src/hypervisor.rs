@@ -224,6 +224,7 @@ impl<H: Host> CoreVcpu for Vcpu<H> {
         self.tunnel_info()
     }
 
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn run(&self) -> Result<(), Error> {
         self.run()
     }

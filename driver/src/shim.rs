@@ -1,5 +1,6 @@
 //! What an operating system's shim gives the device layer, beyond what it gives the core.
 
+use abi::Os;
 use vmx::host::UserFault;
 use vmx::sync::RawLock;
 
@@ -34,6 +35,9 @@ pub trait Shim: Send + Sync + 'static {
     type Core: Core;
     /// A lock that sleeps.
     type Mutex: RawLock;
+    /// The system whose numbers and codes are used, if this shim is for one
+    /// only: what is for others is then left out of the module.
+    const OS: Option<Os> = None;
 
     /// Makes a node that programs can open when this returns. Its owner is
     /// the calling process. [`Node::System`] once, at load. May sleep.

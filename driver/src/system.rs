@@ -29,7 +29,7 @@ pub(crate) fn request<S: Shim, A: Argument>(
         ),
         Request::Capability => {
             let mut info = capability_info(&devices.core.capability());
-            if devices.os == Os::Windows {
+            if devices.os() == Os::Windows {
                 info.win_refcount = devices.system_handles();
             }
             argument.write(0, info.as_bytes())
@@ -38,7 +38,7 @@ pub(crate) fn request<S: Shim, A: Argument>(
         Request::CreateVm => create_vm(devices, argument),
         // HAXM does nothing for it. Its Linux module says so with 0, which a
         // client may rely on.
-        Request::DestroyVm if devices.os == Os::Linux => Ok(()),
+        Request::DestroyVm if devices.os() == Os::Linux => Ok(()),
         _ => Err(Failure::Unknown),
     }
 }

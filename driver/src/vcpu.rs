@@ -14,6 +14,7 @@ use crate::shim::Shim;
 use crate::status::Failure;
 
 /// RUN.
+#[cfg_attr(haxm_module, optimize(speed))]
 pub(crate) fn run<V: CoreVcpu>(vcpu: &V) -> Result<(), Failure> {
     vcpu.check_owner()?;
     Ok(vcpu.run()?)
@@ -66,7 +67,7 @@ fn table<'d, S: Shim, A: Argument>(
     number: u32,
     argument: &A,
 ) -> Result<Option<UserArgument<'d, S>>, Failure> {
-    let size = match devices.os {
+    let size = match devices.os() {
         Os::Windows => return Ok(None),
         Os::Linux => abi::os::linux::argument_size(number),
         Os::Darwin | Os::NetBsd => abi::os::darwin::argument_size(number),

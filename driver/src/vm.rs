@@ -54,7 +54,7 @@ pub(crate) fn request<S: Shim, A: Argument>(
             Ok(())
         }
         // As DESTROY_VM: nothing, which Linux calls done.
-        Request::VcpuDestroy if devices.os == Os::Linux => Ok(()),
+        Request::VcpuDestroy if devices.os() == Os::Linux => Ok(()),
         _ => Err(Failure::Unknown),
     }
 }

@@ -136,6 +136,7 @@ unsafe extern "C" fn haxm_core_release(handle: *mut c_void) {
 /// # Safety
 /// `handle` came from `haxm_core_open` and stays open meanwhile.
 #[unsafe(no_mangle)]
+#[cfg_attr(haxm_module, optimize(speed))]
 unsafe extern "C" fn haxm_core_ioctl(handle: *mut c_void, number: u32, argument: u64) -> c_long {
     // SAFETY: the file keeps the reference; this one is never dropped.
     let opened: Opened<Linux> = unsafe { Shared::from_raw(handle.cast_const().cast()) };

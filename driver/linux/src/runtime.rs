@@ -12,6 +12,7 @@ struct KernelMemory;
 
 // SAFETY: the C half gives memory of the size and alignment asked for, or null.
 unsafe impl GlobalAlloc for KernelMemory {
+    #[inline(never)]
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let memory = ffi::haxm_os_alloc(layout.size(), layout.align());
         if !memory.is_null() {
@@ -20,6 +21,7 @@ unsafe impl GlobalAlloc for KernelMemory {
         memory.cast()
     }
 
+    #[inline(never)]
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
         usage::given_back(layout.size());
         // SAFETY: the caller gives back what `alloc` gave.

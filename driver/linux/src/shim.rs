@@ -1,5 +1,6 @@
 //! What the device layer asks of Linux: nodes, and copies from and to the caller.
 
+use abi::Os;
 use driver::{Node, NodeFailed, Shim};
 use vmx::Hypervisor;
 use vmx::host::UserFault;
@@ -35,6 +36,7 @@ pub(crate) const fn node(kind: u32, vm: u32, vcpu: u32) -> Option<Node> {
 impl Shim for Linux {
     type Core = Hypervisor<Self>;
     type Mutex = Mutex;
+    const OS: Option<Os> = Some(Os::Linux);
 
     fn create_node(&self, node: Node) -> Result<(), NodeFailed> {
         let (kind, vm, vcpu) = numbers(node);

@@ -89,6 +89,7 @@ pub(crate) fn outcome(result: c_int) -> Result<(), UserFault> {
 }
 
 /// Copies from the calling process.
+#[cfg_attr(haxm_module, optimize(speed))]
 pub(crate) fn copy_in(address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
     // SAFETY: the C half writes at most `len` bytes, and takes any user address.
     outcome(unsafe { ffi::haxm_os_copy_in(address, bytes.as_mut_ptr(), bytes.len()) })
