@@ -77,6 +77,7 @@ fuzz_target!(|bytes: &[u8]| {
             segment.base = u64::from(byte) << 4;
         }
     }
+    ram.mxcsr = rng.next() as u32 & 0xffff;
     for mask in &mut ram.opmasks {
         *mask = input.register();
     }
@@ -111,6 +112,7 @@ fuzz_target!(|bytes: &[u8]| {
     assert_eq!(mmio.gpr, ram.gpr);
     assert_eq!((mmio.rip, mmio.rflags), (ram.rip, ram.rflags));
     assert_eq!(mmio.vectors, ram.vectors);
+    assert_eq!(mmio.mxcsr, ram.mxcsr);
     assert_eq!((mmio.mmx, mmio.mmx_ended), (ram.mmx, ram.mmx_ended));
     assert_eq!((mmio.segments, mmio.tables), (ram.segments, ram.tables));
     assert_eq!(mmio.blocking, ram.blocking);
