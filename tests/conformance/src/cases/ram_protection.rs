@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[
     case!(discard_under_the_guest in SIZES),
     case!(munmap_under_the_guest),
     case!(read_only_buffer),
+    case!(write_protected_under_the_guest),
     case!(beyond_four_gigabytes in LONG),
     case!(map_from_another_thread),
     case!(many_slots),
@@ -228,6 +229,33 @@ fn read_only_buffer() -> Outcome {
         anyhow::ensure!(second != Exit::Halt, "the write went through");
     }
     same!(ram.u32(0), 0x13, "buffer");
+    Ok(())
+}
+
+/// The client takes the right to write away (mprotect) from a page that the guest writes, and gives it back.
+fn write_protected_under_the_guest() -> Outcome {
+    borrowed_only!();
+    let machine = Machine::new(
+        Mode::Long,
+        guest!(64:
+            "mov dword ptr [rdi], 0x55", "out 0x80, al",
+            "mov eax, [rdi]", "out 0x80, al",
+            "mov dword ptr [rdi], 0x66", "out 0x80, al",
+            "mov dword ptr [rdi], 0x77", "hlt"),
+    )?;
+    let (gpa, ram) = other_group(&machine)?;
+    let protect = |access| ram.protect(0, 0x4000, access);
+    machine.set(|state| state.rdi = gpa)?;
+    machine.expect(&[out(0x80, 1, 0)])?;
+    protect(libc::PROT_READ);
+    machine.expect(&[out(0x80, 1, 0x55)])?;
+    protect(libc::PROT_READ | libc::PROT_WRITE);
+    machine.expect(&[out(0x80, 1, 0x55)])?;
+    same!(ram.u32(0), 0x66, "written again");
+    protect(libc::PROT_READ);
+    let exit = machine.run()?;
+    anyhow::ensure!(exit != Exit::Halt, "the write went through");
+    same!(ram.u32(0), 0x66, "buffer");
     Ok(())
 }
 
