@@ -338,14 +338,34 @@ impl<H: Host> Operation<H> {
         self.load_here(place, number, Some(off))
     }
 
-    /// The VMCS, if it is still current on the processor of a guest's turn.
+    /// The VMCS, if it is still active on the processor of a guest's turn; if
+    /// another one of ours is current there, that changes.
     #[inline]
-    pub fn still_loaded<'a>(&'a self, turn: &'a Turn<'a, H>, place: Place) -> Option<Loaded<'a>> {
+    pub fn still_active<'a>(&'a self, turn: &'a Turn<'a, H>, place: Place) -> Option<Loaded<'a>> {
         let active = self.active.get(place.0)?;
         let here = self.cpus.get(turn.cpu_number())?;
-        let is_it = here.ours.load(Ordering::Relaxed)
-            && here.current.load(Ordering::Relaxed) == active.vmcs.load(Ordering::Relaxed);
-        is_it.then_some(Loaded(PhantomData))
+        if !here.ours.load(Ordering::Relaxed) {
+            return None;
+        }
+        let vmcs = active.vmcs.load(Ordering::Relaxed);
+        if here.current.load(Ordering::Relaxed) != vmcs {
+            if active.cpu.load(Ordering::SeqCst) != turn.cpu_number() {
+                return None;
+            }
+            self.make_current(here, vmcs).ok()?;
+        }
+        Some(Loaded(PhantomData))
+    }
+
+    /// VMPTRLD of a VMCS that is active here, or clear. In VMX operation of
+    /// ours, interrupts off.
+    #[inline(never)]
+    fn make_current(&self, here: &PerCpu<H>, vmcs: u64) -> Result<(), NotLoaded> {
+        // SAFETY: in VMX operation; a reserved VMCS, not active on another processor.
+        unsafe { self.host.cpu().vmptrld(Hpa(vmcs)) }.map_err(|_| NotLoaded::Refused)?;
+        here.current.store(vmcs, Ordering::SeqCst);
+        self.forget_branches();
+        Ok(())
     }
 
     /// [`Operation::load`] in a guest's turn. [`Operation::evict`] was called
@@ -392,11 +412,8 @@ impl<H: Host> Operation<H> {
             unsafe { self.host.cpu().vmclear(Hpa(vmcs)) }.map_err(|_| NotLoaded::Refused)?;
         }
         if fresh || here.current.load(Ordering::Relaxed) != vmcs {
-            // SAFETY: in VMX operation; not active on another processor.
-            unsafe { self.host.cpu().vmptrld(Hpa(vmcs)) }.map_err(|_| NotLoaded::Refused)?;
-            here.current.store(vmcs, Ordering::SeqCst);
+            self.make_current(here, vmcs)?;
             active.cpu.store(number, Ordering::SeqCst);
-            self.forget_branches();
         }
         let moved = fresh && active.last.swap(number, Ordering::Relaxed) != number;
         Ok(Loan {

@@ -160,7 +160,7 @@ impl<H: Host> Vcpu<H> {
             return Ok(Next::Leave(ExitStatus::Interrupt));
         };
         let mut loan = None;
-        let loaded = match operation.still_loaded(&turn, self.place) {
+        let loaded = match operation.still_active(&turn, self.place) {
             Some(loaded) => loaded,
             None => {
                 turn = match self.bring_here(turn) {
