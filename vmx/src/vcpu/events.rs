@@ -61,6 +61,8 @@ fn pair(first: u8, second: u8) -> Pair {
 pub struct Delivery {
     /// What it is.
     pub kind: EventKind,
+    /// Its vector.
+    pub vector: u8,
     /// The error code it pushes.
     pub error_code: Option<u32>,
     /// Bytes of the instruction, for software interrupts and exceptions.
@@ -82,6 +84,7 @@ impl Events {
     pub fn delivery(&self) -> Option<Delivery> {
         self.waiting.map(|event| Delivery {
             kind: event.info.kind(),
+            vector: event.info.vector(),
             error_code: event.info.has_error_code().then_some(event.error_code),
             length: event.length,
         })

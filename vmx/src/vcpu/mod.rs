@@ -8,6 +8,7 @@
 pub mod cpuid;
 mod debug;
 mod decode;
+mod delivery;
 mod emulation;
 pub mod entry_checks;
 mod events;

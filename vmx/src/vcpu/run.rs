@@ -381,13 +381,16 @@ impl<H: Host> Vcpu<H> {
             Ok(FaultOutcome::Mapped | FaultOutcome::Retry) => Next::Resume,
             Ok(FaultOutcome::Interrupted) => Next::Leave(ExitStatus::Interrupt),
             Ok(FaultOutcome::Protected { gpa }) => self.report_protected(gpa, access),
-            Ok(FaultOutcome::Mmio | FaultOutcome::RomWrite) if inner.events.is_waiting() => {
-                log::error!("event delivery through device memory at {gpa:?}");
-                handle::lost(inner, "event delivery through device memory")
-            }
             Ok(outcome @ (FaultOutcome::Mmio | FaultOutcome::RomWrite)) => {
                 let rom = matches!(outcome, FaultOutcome::RomWrite);
-                self.device_access(inner, gpa, rom)?
+                match inner.events.delivery() {
+                    None => self.device_access(inner, gpa, rom)?,
+                    Some(delivery) if rom => self.deliver_over_rom(inner, delivery)?,
+                    Some(_) => {
+                        log::error!("event delivery through device memory at {gpa:?}");
+                        handle::lost(inner, "event delivery through device memory")
+                    }
+                }
             }
             Err(error) => {
                 log::error!("guest memory at {gpa:?}: {error:?}");

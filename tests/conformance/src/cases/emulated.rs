@@ -28,9 +28,8 @@ pub const CASES: &[Case] = &[
 const GDT: u64 = 0x1000;
 const ROM: u64 = 0x5_0000;
 
-/// The GDT moves to ROM, where these descriptors were never accessed. An exception or interrupt needs one
-/// of a code segment that was.
-fn gdt_in_rom(machine: &Machine, fresh: &[u16]) -> anyhow::Result<()> {
+/// The GDT moves to ROM, where these descriptors were never accessed.
+pub(super) fn gdt_in_rom(machine: &Machine, fresh: &[u16]) -> anyhow::Result<()> {
     let ram = &machine.ram;
     ram.write(ROM, &ram.read(GDT, 256));
     for selector in fresh.iter().copied() {

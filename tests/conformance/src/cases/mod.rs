@@ -63,6 +63,7 @@ mod ram_protection;
 mod registers;
 mod requests;
 mod robustness;
+mod rom_delivery;
 mod smp;
 mod string_io;
 mod task_switch;
@@ -160,6 +161,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "exceptions",
         cases: exceptions::CASES,
+    },
+    Group {
+        name: "rom_delivery",
+        cases: rom_delivery::CASES,
     },
     Group {
         name: "registers",

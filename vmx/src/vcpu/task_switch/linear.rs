@@ -1,17 +1,19 @@
 //! Guest memory by linear address, as the processor reaches descriptors, task
-//! states and stacks in the middle of a task switch.
+//! states and stacks in the middle of a task switch or of an event's delivery.
 
 use abi::tunnel::ExitStatus;
 
 use crate::Error;
 use crate::arch::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::arch::event::{Exception, PageFault};
+use crate::arch::reg::Efer;
 use crate::host::Host;
 use crate::memory::walk::{self, Paging, WalkAccess, WalkFault};
 use crate::memory::{AccessError, AddressSpace};
 use crate::vcpu::handle::Next;
 
 /// Why a step of the switch could not be done.
+#[derive(Clone, Copy)]
 pub enum Stop {
     /// The guest gets this.
     Fault(Exception),
@@ -45,6 +47,15 @@ fn host_stop(error: Error) -> Stop {
 }
 
 impl<H: Host> Linear<'_, H> {
+    /// Linear addresses have 32 bits outside of IA-32e mode.
+    fn mask(&self) -> u64 {
+        if self.paging.efer & Efer::LMA.bits() != 0 {
+            u64::MAX
+        } else {
+            0xffff_ffff
+        }
+    }
+
     #[inline(never)]
     fn at(&self, address: u64, write: bool, by: By) -> Result<Gpa, Stop> {
         let access = WalkAccess {
@@ -63,7 +74,7 @@ impl<H: Host> Linear<'_, H> {
                 let mut code = PageFault::PRESENT | PageFault::RESERVED;
                 code.set(PageFault::WRITE, write);
                 code.set(PageFault::USER, by == By::Stack && self.paging.cpl == 3);
-                let address = address & 0xffff_ffff;
+                let address = address & self.mask();
                 Err(Stop::Fault(Exception::page_fault(address, code)))
             }
             Err(WalkFault::Protected(gpa)) => Err(Stop::Protected(gpa)),
@@ -84,7 +95,7 @@ impl<H: Host> Linear<'_, H> {
     ) -> Result<(), Stop> {
         let mut done = 0usize;
         while done < length {
-            let here = address.wrapping_add(done as u64) & 0xffff_ffff;
+            let here = address.wrapping_add(done as u64) & self.mask();
             let gpa = self.at(here, write, by)?;
             let left = PAGE_SIZE.wrapping_sub(gpa.page_offset()) as usize;
             let end = done.saturating_add(left).min(length);
@@ -92,7 +103,7 @@ impl<H: Host> Linear<'_, H> {
                 // ROM takes a write and forgets it.
                 Ok(()) | Err(AccessError::RomWrite(_)) => {}
                 Err(AccessError::Mmio(_)) => {
-                    return Err(Stop::Lost("task switch through device memory"));
+                    return Err(Stop::Lost("descriptor or stack in device memory"));
                 }
                 Err(AccessError::Protected(gpa)) => return Err(Stop::Protected(gpa)),
                 Err(AccessError::Host(error)) => return Err(host_stop(error)),

@@ -7,8 +7,8 @@
 //! doing it twice is the same, the new task's busy flag last; then the registers.
 //! A fault of loading the new task's segments comes in the new task.
 
-mod descriptor;
-mod linear;
+pub(super) mod descriptor;
+pub(super) mod linear;
 mod tss;
 
 use abi::vcpu_state::SegmentDesc;
@@ -120,15 +120,6 @@ impl Old {
             _ => length.into(),
         };
         let rflags = inner.registers.known_rflags();
-        let ss = AccessRights::from_bits_retain(current.get(field::GUEST_SS_RIGHTS));
-        let pdptes = inner.modes.uses_pdptes().then(|| {
-            [
-                current.get(field::GUEST_PDPTE0),
-                current.get(field::GUEST_PDPTE1),
-                current.get(field::GUEST_PDPTE2),
-                current.get(field::GUEST_PDPTE3),
-            ]
-        });
         let low = |value: u64| value as u32;
         let mut task = Task {
             ip: low(inner.registers.known_rip()).wrapping_add(length),
@@ -144,17 +135,7 @@ impl Old {
             tr: state::TR.read(current),
             gdt: current.get(field::GUEST_GDTR_BASE),
             gdt_limit: current.get(field::GUEST_GDTR_LIMIT),
-            paging: Paging {
-                cr0: inner.modes.cr0(current),
-                cr3: current.get(field::GUEST_CR3),
-                cr4: inner.modes.cr4(current),
-                efer: inner.modes.efer(),
-                ac: rflags & Rflags::AC.bits() != 0,
-                cpl: ss.dpl(),
-                pdptes,
-                address_bits: inner.features.physical_bits(),
-                pages_1g: inner.features.has(super::cpuid::Feature::PAGE1GB),
-            },
+            paging: inner.paging(current),
             source,
             delivery,
         }
@@ -195,17 +176,25 @@ impl<H: Host> Vcpu<H> {
             .and_then(|plan| self.write_switch(&old, &plan).map(|()| plan));
         Ok(match planned {
             Ok(plan) => self.finish_switch(inner, &plan)?,
-            Err(Stop::Fault(exception)) => handle::raise(self, inner, exception),
-            Err(Stop::Later(next)) => next,
-            Err(Stop::Protected(gpa)) => {
+            Err(stop) => self.stopped(inner, stop),
+        })
+    }
+
+    /// What follows from a step that could not be done.
+    #[inline(never)]
+    pub(super) fn stopped(&self, inner: &mut Inner<H>, stop: Stop) -> Next {
+        match stop {
+            Stop::Fault(exception) => handle::raise(self, inner, exception),
+            Stop::Later(next) => next,
+            Stop::Protected(gpa) => {
                 let access = crate::memory::Access {
                     write: true,
                     ..crate::memory::Access::default()
                 };
                 self.report_protected(gpa, access)
             }
-            Err(Stop::Lost(why)) => handle::lost(inner, why),
-        })
+            Stop::Lost(why) => handle::lost(inner, why),
+        }
     }
 
     #[inline(never)]
@@ -518,6 +507,31 @@ fn load_segment<H: Host>(
 }
 
 impl<H: Host> Inner<H> {
+    /// The address space, as the guest's registers have it; RFLAGS is known.
+    #[inline(never)]
+    pub(super) fn paging(&mut self, current: &Current<'_, H>) -> Paging {
+        let ss = AccessRights::from_bits_retain(current.get(field::GUEST_SS_RIGHTS));
+        let pdptes = self.modes.uses_pdptes().then(|| {
+            [
+                current.get(field::GUEST_PDPTE0),
+                current.get(field::GUEST_PDPTE1),
+                current.get(field::GUEST_PDPTE2),
+                current.get(field::GUEST_PDPTE3),
+            ]
+        });
+        Paging {
+            cr0: self.modes.cr0(current),
+            cr3: current.get(field::GUEST_CR3),
+            cr4: self.modes.cr4(current),
+            efer: self.modes.efer(),
+            ac: self.registers.known_rflags() & Rflags::AC.bits() != 0,
+            cpl: ss.dpl(),
+            pdptes,
+            address_bits: self.features.physical_bits(),
+            pages_1g: self.features.has(super::cpuid::Feature::PAGE1GB),
+        }
+    }
+
     /// The new task's registers.
     #[inline(never)]
     fn write_task(&mut self, current: &Current<'_, H>, plan: &Plan) {
