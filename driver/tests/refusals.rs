@@ -6,7 +6,7 @@ mod mock;
 use abi::zerocopy::IntoBytes;
 use abi::{
     CpuidHeader, Device, Direction, MsrData, Os, ProtectRamInfo, RamblockInfo, Request,
-    SetMemlimit, SetRamInfo2,
+    SetMemlimit, SetRamInfo2, VcpuState,
 };
 use haxm_driver::Node;
 use mock::client::{Client, expect};
@@ -557,6 +557,9 @@ fn lengths_beyond_the_buffer_are_cut_to_it() {
     let mut buffer = [0; 100];
     let (status, bytes) = devices.ioctl_buffered(&handles[0], number, &mut buffer, 512, 512);
     assert_eq!((status.code(), bytes), (INVALID_PARAMETER as i32, 0));
+    let mut whole = [0; size_of::<VcpuState>()];
+    let (status, _) = devices.ioctl_buffered(&handles[0], number, &mut whole, 4096, 0);
+    assert_eq!(status.code(), 0);
     let number = Os::Windows.number(Request::GetRegs).unwrap();
     let (status, bytes) = devices.ioctl_buffered(&handles[0], number, &mut buffer, 0, 512);
     assert_eq!((status.code(), bytes), (INVALID_PARAMETER as i32, 0));

@@ -56,6 +56,17 @@ fn leaves_are_as_large_as_host_processor_and_slot_allow() {
         let found = frame_at(&host, &space, 5 * GB + (page - 1) * PAGE);
         assert_eq!(found, Some(backing.frame));
         assert_eq!(space.statistics().leaves, [1, 0, 0]);
+        // Nor one that ends a page early one of the whole size.
+        let smaller = [expected[0], expected[1] + expected[2], 0];
+        space.set_ram(6 * GB - PAGE, PAGE, 0, INVALID).unwrap();
+        space.set_ram(5 * GB, GB - PAGE, 3 * GB, 0).unwrap();
+        frame_at(&host, &space, 5 * GB + page * PAGE);
+        assert_eq!(space.statistics().leaves, smaller);
+        // Nor one with a protected page somewhere else.
+        space.set_ram(5 * GB, GB, 3 * GB, 0).unwrap();
+        space.protect_ram(5 * GB, PAGE, 0).unwrap();
+        frame_at(&host, &space, 5 * GB + page * PAGE);
+        assert_eq!(space.statistics().leaves, smaller);
     }
 }
 

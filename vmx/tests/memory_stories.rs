@@ -168,6 +168,7 @@ fn hostile_arguments_are_refused() {
         (0, MB, GB, 2),
         (0, MB, GB, 0x100),
         (0, MB, 0, 0),
+        (0, MB, 0, STANDALONE),
         (0, 0, GB, 0),
         (1, MB, GB, 0),
         (0, MB - 1, GB, 0),

@@ -57,7 +57,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     let files = Files::tracked(&workspace_root())?;
     let mutants = checked(&files)?;
     if options.cases {
-        return report::cases(&files, &mutants);
+        return Ok(report::cases(&files, &mutants));
     }
     let both = options.host == options.guest;
     let chosen: Vec<&Mutant> = mutants
@@ -73,7 +73,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
         println!("{} breaks", chosen.len());
         return Ok(ExitCode::SUCCESS);
     }
-    let mut results = Results::default();
+    let mut results = Results::new(&mutants);
     let copy = copy::Copy::new(&files)?;
     if both || options.host {
         host::run(&copy, &mutants, &chosen, &mut results)?;
@@ -81,7 +81,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     if both || options.guest {
         guest::run(&copy, &mutants, &chosen, &mut results)?;
     }
-    results.finish(&mutants)
+    Ok(results.finish())
 }
 
 /// The list, if there is nothing wrong with it.

@@ -82,6 +82,24 @@ impl Machine {
         })
     }
 
+    /// A guest whose code is in pages of the kernel's, as code that works with devices is. Only there, in modes with
+    /// paging, does the driver take the short way for plain instructions on devices: it does not know CR4.SMEP, which
+    /// would forbid to execute a page of the user's.
+    pub fn with_kernel_code(mode: Mode, code: Code) -> Result<Self> {
+        let machine = Self::new(mode, code)?;
+        if matches!(mode, Mode::Paged | Mode::Pae | Mode::Long) {
+            for page in [0, 1] {
+                let (at, size) = mode.page_entry((modes::CODE >> 12) + page);
+                let [low] = machine.ram.read(at, 1)[..] else {
+                    bail!("no page table");
+                };
+                ensure!(size >= 4 && low & 5 == 5, "entry {low:#x}");
+                machine.ram.write(at, &[low & !4]);
+            }
+        }
+        Ok(machine)
+    }
+
     /// Changes registers.
     pub fn set(&self, change: impl FnOnce(&mut VcpuState)) -> Result<()> {
         let mut state = self.regs()?;

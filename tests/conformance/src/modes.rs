@@ -95,7 +95,7 @@ pub const HIGH_START: u64 = 0x100000;
 /// Some address nothing is mapped at.
 pub const DEVICE: u64 = 0xd0000;
 
-const GDT: u64 = 0x1000;
+pub const GDT: u64 = 0x1000;
 /// Interrupt descriptors; in real mode the vectors are at 0.
 pub const IDT: u64 = 0x2000;
 /// Page-map level 4.

@@ -389,3 +389,23 @@ fn an_update_of_rom_is_a_write() {
     }
     client.finish();
 }
+
+/// The emulator looks, and the client is not asked.
+#[test]
+fn alignment_is_checked_in_user_code() {
+    let client = guest(&[0xa1, 1, 0, 0, 0xd0]);
+    client.change_regs(|state| {
+        state.cs.selector |= 3;
+        state.ss.selector |= 3;
+        state.cs.ar |= 0x60;
+        state.ss.ar |= 0x60;
+        state.cr0 |= 1 << 18;
+        state.rflags |= 1 << 18;
+    });
+    let status = client.run([Step::read(DEVICE + 1, 4, 0, 5)]);
+    assert_eq!(status, ExitStatus::Interrupt);
+    let received = client.machine.take_received();
+    let events: Vec<_> = received.iter().map(|e| (e.vector, e.error_code)).collect();
+    assert_eq!(events, [(17, Some(0))]);
+    client.finish();
+}

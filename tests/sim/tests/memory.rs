@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use abi::tunnel::{ExitStatus, FastMmioDirection};
+use abi::tunnel::{ExitStatus, FastMmioDirection, IoFlags};
 use sim::client::{CODE, Client, RAM_SIZE};
 use sim::{Access, Machine, Step, StringIo};
 use vmx::arch::addr::Hva;
@@ -147,6 +147,7 @@ fn strings_of_ports() {
     while client.run([]) == ExitStatus::Io {
         let io = client.tunnel().io();
         assert_eq!((io.port, io.size, io.direction), (0x3f8, 1, 0));
+        assert_eq!(io.flags & IoFlags::STRING.bits(), IoFlags::STRING.bits());
         seen.extend_from_slice(&client.io_buffer()[..usize::from(io.count)]);
     }
     assert_eq!(seen, b"hello, world");

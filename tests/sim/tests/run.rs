@@ -5,6 +5,7 @@ use abi::tunnel::{ExitStatus, IoDirection, offset};
 use sim::client::{CODE, Client};
 use sim::{Machine, Profile, Step};
 use vmx::Error;
+use vmx::arch::addr::Hva;
 
 const RAX: usize = 0;
 const RCX: usize = 1;
@@ -183,6 +184,86 @@ fn the_client_can_ask_for_the_window() {
     client.finish();
 }
 
+/// Also when the RUN before left nothing to do.
+#[test]
+fn a_window_asked_for_later_opens_too() {
+    let client = client();
+    let status = client.run([Step::cpuid(0, 0), Step::output(1, 1, 1)]);
+    assert_eq!(status, ExitStatus::Io);
+    client.set_tunnel(offset::REQUEST_INTERRUPT_WINDOW, 1);
+    let status = client.run([
+        Step::cpuid(0, 0),
+        Step::set_if(true),
+        Step::cpuid(0, 0),
+        Step::output(1, 1, 1),
+    ]);
+    assert_eq!(status, ExitStatus::Interrupt);
+    assert_eq!(client.tunnel().exit_reason, 7);
+    assert_eq!(client.machine.script_left(), 1);
+    client.finish();
+}
+
+/// The client's thread is in RUN, another of its threads sets the word: an exit later RUN ends.
+#[test]
+fn a_user_event_ends_run_at_the_next_exit() {
+    let client = client();
+    let process = client.process.clone();
+    let word = Hva(client.vcpu.tunnel_info().va + offset::USER_EVENT_PENDING as u64);
+    let status = client.run([
+        Step::new("another thread", 1, move |_| {
+            process.poke(word, &1_u32.to_le_bytes());
+            Ok(())
+        }),
+        Step::cpuid(0, 0),
+        Step::cpuid(0, 0),
+    ]);
+    assert_eq!(status, ExitStatus::Interrupt);
+    assert_eq!(client.machine.script_left(), 1);
+    client.finish();
+}
+
+/// A guest that exits all the time and is never interrupted does not keep the processor.
+#[test]
+fn the_processor_is_given_back_after_many_exits() {
+    let client = client();
+    client.machine.reset_counts();
+    client.run((0..5000).map(|_| Step::cpuid(0, 0)));
+    assert_eq!(client.machine.script_left(), 0);
+    let counts = client.machine.counts();
+    assert_eq!((counts.xsave, counts.exits_of(10)), (2, 5000));
+    client.finish();
+}
+
+/// Outside 64-bit code it has 32 bits.
+#[test]
+fn the_instruction_pointer_wraps_at_four_gigabytes() {
+    let client = client();
+    client.change_regs(|state| state.rip = 0xffff_fffe);
+    assert_eq!(client.run([Step::cpuid(0, 0)]), ExitStatus::Interrupt);
+    assert_eq!(client.regs().rip, 0);
+    client.finish();
+}
+
+/// VM entry wants accessed segments and no bit of CR4 that the guest has not.
+#[test]
+fn what_set_regs_makes_fit_for_an_entry() {
+    const FOREIGN: u64 = 1 << 13 | 1 << 14 | 1 << 22 | 1 << 31;
+    let client = client();
+    client.change_regs(|state| {
+        state.cr4 |= FOREIGN;
+        state.rflags = 0;
+        (state.gdt.limit, state.idt.limit) = (0x1_ffff, 0x7_ffff);
+        state.cs.ar &= !1;
+        state.ss.ar &= !1;
+        state.ds.ar &= !1;
+    });
+    assert_eq!(client.run([Step::cpuid(0, 0)]), ExitStatus::Interrupt);
+    let state = client.regs();
+    assert_eq!(state.cr4 & FOREIGN, 0);
+    assert_eq!(state.cs.ar & state.ss.ar & state.ds.ar & 1, 1);
+    client.finish();
+}
+
 #[test]
 fn a_vector_that_the_task_priority_holds_back_is_no_reason_to_spin() {
     let client = client();
@@ -216,6 +297,7 @@ fn msrs_of_the_guest() {
         Step::wrmsr(0x277, 0x0606_0606_0606_0606),
         Step::rdmsr(0x277),
         Step::expect_gpr(RDX, 0x0606_0606),
+        Step::act(|guest| assert_eq!(guest.field(0x2804), 0x0606_0606_0606_0606, "in force")),
         // Reserved bits, unknown register: #GP(0).
         Step::wrmsr(0x277, 2),
         Step::rdmsr(0x4000_1234),
@@ -267,6 +349,12 @@ fn syscall_msrs_are_the_guests_own() {
 fn control_registers() {
     let client = client();
     let status = client.run([
+        // CD is the guest's to see, caching the host's affair.
+        Step::mov_to_cr(0, RBX, 0x4000_0011),
+        Step::mov_from_cr(0, RAX),
+        Step::expect_gpr(RAX, 0x4000_0011),
+        Step::act(|guest| assert_eq!(guest.field(0x6800) & 0x4000_0000, 0, "CR0 in force")),
+        Step::mov_to_cr(0, RBX, 0x11),
         Step::mov_from_cr(0, RAX),
         Step::act(|guest| assert_eq!(guest.regs.gpr[RAX] & 0x8000_0001, 1)),
         // TS on and off again, by CLTS and LMSW.

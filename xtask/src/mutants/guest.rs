@@ -123,7 +123,7 @@ fn boots(
         let share = start.elapsed() / u32::try_from(sections.len())?;
         for (mutant, section) in some.iter().zip(&sections) {
             let verdict = judge(mutant, section, &outcome, sections.len() == 1);
-            results.add(mutant, verdict, share);
+            results.add(mutant, verdict, share)?;
         }
         left = left.get(sections.len()..).unwrap_or_default();
     }

@@ -93,8 +93,7 @@ fn one(
         failed.extend(names);
     }
     let verdict = verdict.unwrap_or(Verdict::Caught(failed));
-    results.add(mutant, verdict, start.elapsed());
-    Ok(())
+    results.add(mutant, verdict, start.elapsed())
 }
 
 /// A run of some tests.

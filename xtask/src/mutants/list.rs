@@ -230,7 +230,8 @@ impl Reader<'_> {
         let mut found = text.match_indices(&whole);
         let (Some((at, _)), None) = (found.next(), found.next()) else {
             let times = text.matches(&whole).count();
-            return Err(format!("'{whole}' occurs {times} times in {path}"));
+            let hint = "write the line as it is now, or take the break off the list";
+            return Err(format!("'{whole}' occurs {times} times in {path}: {hint}"));
         };
         let start = at + before.len();
         Ok(start..start + inside.len())

@@ -12,6 +12,7 @@ pub const CASES: &[Case] = &[
     case!(cr0_cd_and_nw in WIDE),
     case!(cr0_reserved_high in LONG),
     case!(cr0_pg_without_pe in SIZES),
+    case!(cr0_pg_in_64_bit_code in LONG),
     case!(cr0_nw_without_cd in WIDE),
     case!(cr4_reserved in WIDE),
     case!(cr4_vmxe_is_refused in WIDE),
@@ -102,6 +103,12 @@ fn cr0_cd_and_nw(mode: Mode) -> Outcome {
 
 fn cr0_reserved_high(mode: Mode) -> Outcome {
     let code = guest!(64: "mov rax, cr0", "bts rax, 40", "mov cr0, rax", "hlt");
+    Machine::new(mode, code)?.expect(&[fault_code(13, 0)])
+}
+
+/// There is no 64-bit code without paging: it has to leave by way of compatibility mode.
+fn cr0_pg_in_64_bit_code(mode: Mode) -> Outcome {
+    let code = guest!(64: "mov rax, cr0", "btr rax, 31", "mov cr0, rax", "hlt");
     Machine::new(mode, code)?.expect(&[fault_code(13, 0)])
 }
 

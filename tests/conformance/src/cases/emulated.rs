@@ -3,16 +3,17 @@
 
 use super::mmio::with;
 use super::{Case, Outcome};
-use crate::exit::{Exit, fault, halt, read, write};
+use crate::exit::{Exit, fault, fault_code, halt, read, write};
 use crate::guest;
 use crate::machine::Machine;
-use crate::modes::{CODE, DATA, DEVICE, Mode, RAM_SIZE, selector};
+use crate::modes::{self, CODE, DATA, DEVICE, Mode, RAM_SIZE, selector};
 
 pub const CASES: &[Case] = &[
     case!(descriptors_in_rom in WIDE),
     case!(segment_that_may_not_be_loaded in WIDE),
     case!(shadow_of_a_segment_in_rom in WIDE),
     case!(segment_from_a_device in SIZES),
+    case!(segment_in_user_mode in PAGING),
     case!(far_pointer_from_a_device in WIDE32),
     case!(far_branch_through_a_device in WIDE32),
     case!(stack_in_a_device in WIDE32),
@@ -109,10 +110,7 @@ fn segment_that_may_not_be_loaded(mode: Mode) -> Outcome {
         machine.ram.write_u64(GDT + 0x58, 0x00cf_9800_0000_ffff);
         machine.ram.write_u64(GDT + 0x50, 0x00cf_1200_0000_ffff);
         machine.set(|state| state.rdi = DEVICE)?;
-        machine.expect(&[
-            read(DEVICE, 2, selector),
-            crate::exit::fault_code(vector, selector),
-        ])?;
+        machine.expect(&[read(DEVICE, 2, selector), fault_code(vector, selector)])?;
         same!(
             machine.frame_rip(true)?,
             mode.entry() + 1,
@@ -247,7 +245,7 @@ fn bound_in_a_device(mode: Mode) -> Outcome {
 
 fn descriptor_table_registers(mode: Mode) -> Outcome {
     let code = guest!("sgdt [edi]", "lidt [edi + 16]", "sidt [esi]", "hlt");
-    let state = crate::modes::registers(mode);
+    let state = modes::registers(mode);
     let (base, limit) = (state.gdt.base, u64::from(state.gdt.limit));
     let long = mode == Mode::Long;
     let mut steps = if long {
@@ -347,6 +345,25 @@ fn masked_moves(mode: Mode) -> Outcome {
         .map(|i| machine.ram.number(DATA + 64 + i * 8, 8))
         .collect();
     same!(loaded, vec![11, 22, 0, 44], "YMM3");
+    Ok(())
+}
+
+/// Descriptors are the processor's own reads: the page with the GDT is out of user code's reach.
+fn segment_in_user_mode(mode: Mode) -> Outcome {
+    let machine = Machine::new(mode, guest!("mov es, [edi]", "hlt"))?;
+    let (at, size) = mode.page_entry(modes::GDT >> 12);
+    let entry = machine.ram.number(at, size) & !4;
+    machine.ram.write(at, &entry.to_le_bytes()[..size]);
+    machine.set(|state| {
+        super::enter_user(mode, state);
+        state.rdi = DEVICE;
+    })?;
+    // HLT is not for user code.
+    machine.expect(&[
+        read(DEVICE, 2, selector::USER_DATA.into()),
+        fault_code(13, 0),
+    ])?;
+    same!(machine.regs()?.es.selector, selector::USER_DATA, "ES");
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::{Case, Outcome};
-use crate::exit::{Exit, halt, input, out, vector};
+use crate::exit::{Exit, fault_code, halt, input, out, vector};
 use crate::guest;
 use crate::machine::Machine;
 use crate::modes::{DATA, DEVICE, Mode, STACK};
@@ -33,6 +33,7 @@ pub const CASES: &[Case] = &[
     case!(interrupt_at_rom_write in SIZES),
     case!(not_lost_by_page_faults in LONG),
     case!(during_delivery_through_cold_stack in PAGING),
+    case!(exception_through_cold_stack in PROTECTED),
     case!(user_event in SIZES),
     case!(user_event_stays_off in SIZES),
     case!(host_interrupts_end_run in SIZES),
@@ -306,7 +307,18 @@ fn cr8_keeps_its_value(mode: Mode) -> Outcome {
 
 fn cr8_reserved_bits(mode: Mode) -> Outcome {
     let code = guest!(64: "mov eax, 0x10", "mov cr8, rax", "hlt");
-    Machine::new(mode, code)?.expect(&[crate::exit::fault_code(13, 0)])
+    Machine::new(mode, code)?.expect(&[fault_code(13, 0)])
+}
+
+/// The same for an instruction's own events: INT's length and an exception's error code are kept.
+fn exception_through_cold_stack(mode: Mode) -> Outcome {
+    let machine = Machine::new(mode, guest!("int 0x66", "mov bl, 7", "hlt"))?;
+    machine.set(|state| state.rsp = 0x18_0800)?;
+    machine.expect(&[vector(0x66), halt()])?;
+    same!(machine.regs()?.rbx, 7, "BL");
+    let machine = Machine::new(mode, guest!("mov eax, 0x1000", "mov es, eax", "hlt"))?;
+    machine.set(|state| state.rsp = 0x18_0800)?;
+    machine.expect(&[fault_code(13, 0x1000)])
 }
 
 fn software_interrupt(mode: Mode) -> Outcome {

@@ -34,7 +34,7 @@ pub const CASES: &[Case] = &[
 
 /// Starts with EDI at the device, ESI at the data, and runs through the steps.
 pub fn with(mode: Mode, code: Code, steps: &[Step]) -> anyhow::Result<Machine> {
-    let machine = Machine::new(mode, code)?;
+    let machine = Machine::with_kernel_code(mode, code)?;
     machine.set(|state| {
         state.rdi = DEVICE;
         state.rsi = DATA;

@@ -3,7 +3,7 @@
 use super::mmio::with;
 use super::{Case, Outcome};
 use crate::code::Code;
-use crate::exit::{fault, halt, read, write};
+use crate::exit::{Exit, fault, halt, read, write};
 use crate::guest;
 use crate::machine::Machine;
 use crate::modes::{DATA, DEVICE, LOW_END, Mode};
@@ -11,6 +11,7 @@ use crate::modes::{DATA, DEVICE, LOW_END, Mode};
 pub const CASES: &[Case] = &[
     case!(unaligned_size_4 in SIZES),
     case!(crosses_out_of_ram in SIZES),
+    case!(crosses_a_page_of_devices in SIZES),
     case!(crosses_into_rom in SIZES),
     case!(rom_reads_and_writes in ALL),
     case!(execute_from_device in PROTECTED),
@@ -36,6 +37,29 @@ fn unaligned_size_4(mode: Mode) -> Outcome {
     with(mode, code, &steps).map(drop)
 }
 
+/// Two devices may be there: one access for each page.
+fn crosses_a_page_of_devices(mode: Mode) -> Outcome {
+    let code = guest!("mov eax, [edi]", "mov [edi + 0x2000], eax", "hlt");
+    let machine = Machine::with_kernel_code(mode, code)?;
+    let at = DEVICE + 0xffe;
+    machine.set(|state| state.rdi = at)?;
+    machine.expect(&[read(at, 2, 0x2211), read(at + 2, 2, 0x4433)])?;
+    // The driver may write either half first.
+    let mut halves = [machine.run()?, machine.run()?];
+    halves.sort_by_key(|exit| matches!(exit, Exit::Write { value: 0x4433, .. }));
+    let half = |gpa, value| Exit::Write {
+        gpa,
+        size: 2,
+        value,
+    };
+    same!(
+        halves,
+        [half(at + 0x2000, 0x2211), half(at + 0x2002, 0x4433)],
+        "the store's halves"
+    );
+    machine.expect(&[halt()])
+}
+
 /// Half of the operand is RAM, half is device.
 fn crosses_out_of_ram(mode: Mode) -> Outcome {
     let code = guest!(
@@ -51,13 +75,13 @@ fn crosses_out_of_ram(mode: Mode) -> Outcome {
     // How the device's half is cut up is the driver's choice.
     loop {
         match machine.run()? {
-            crate::exit::Exit::Read { gpa, size } => {
+            Exit::Read { gpa, size } => {
                 let value = 0x4433_u64 >> ((gpa - LOW_END) * 8);
                 machine.vcpu.tunnel.set_fast_mmio_value(value);
                 seen.push((gpa, size, false, 0));
             }
-            crate::exit::Exit::Write { gpa, size, value } => seen.push((gpa, size, true, value)),
-            crate::exit::Exit::Halt => break,
+            Exit::Write { gpa, size, value } => seen.push((gpa, size, true, value)),
+            Exit::Halt => break,
             other => anyhow::bail!("{other:?}"),
         }
     }
@@ -90,10 +114,10 @@ fn crosses_into_rom(mode: Mode) -> Outcome {
     machine.set(|state| state.rdi = rom - 2)?;
     loop {
         match machine.run()? {
-            crate::exit::Exit::Write { gpa, size, .. } => {
+            Exit::Write { gpa, size, .. } => {
                 anyhow::ensure!(gpa >= rom, "write exit at {gpa:#x} size {size}");
             }
-            crate::exit::Exit::Halt => break,
+            Exit::Halt => break,
             other => anyhow::bail!("{other:?}"),
         }
     }
@@ -124,7 +148,7 @@ fn rom_reads_and_writes(mode: Mode) -> Outcome {
     // The read half of the ADD may come from the page itself.
     let mut last = machine.run()?;
     if last
-        == (crate::exit::Exit::Read {
+        == (Exit::Read {
             gpa: DATA + 4,
             size: 4,
         })

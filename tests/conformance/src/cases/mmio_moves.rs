@@ -2,7 +2,7 @@
 
 use super::mmio::with;
 use super::{Case, Outcome};
-use crate::exit::{halt, read, write};
+use crate::exit::{fault, halt, read, write};
 use crate::guest;
 use crate::machine::Machine;
 use crate::modes::{CODE, DATA, DEVICE, Mode};
@@ -30,7 +30,7 @@ const fn prefixes(mode: Mode) -> u64 {
 /// Until RUN is called again RIP is on the instruction and no register has changed.
 fn waits_for_the_client(mode: Mode) -> Outcome {
     let code = guest!("mov eax, [edi]", "mov [edi], eax", "hlt");
-    let machine = Machine::new(mode, code)?;
+    let machine = Machine::with_kernel_code(mode, code)?;
     machine.set(|state| {
         state.rdi = DEVICE;
         state.rax = 0x55;
@@ -50,7 +50,7 @@ fn waits_for_the_client(mode: Mode) -> Outcome {
 
 /// SET_REGS that leaves RIP alone: what it sets counts, and the access is not made again.
 fn client_writes_registers(mode: Mode) -> Outcome {
-    let machine = Machine::new(mode, guest!("mov al, [edi]", "mov ebx, eax", "hlt"))?;
+    let machine = Machine::with_kernel_code(mode, guest!("mov al, [edi]", "mov ebx, eax", "hlt"))?;
     machine.set(|state| state.rdi = DEVICE)?;
     let access = read(DEVICE, 1, 0x42);
     machine.expect(std::slice::from_ref(&access))?;
@@ -76,7 +76,7 @@ fn code_that_rewrites_itself(mode: Mode) -> Outcome {
         "hlt"
     );
     let before = if mode == Mode::Real { 6 } else { 5 };
-    let machine = Machine::new(mode, code)?;
+    let machine = Machine::with_kernel_code(mode, code)?;
     machine.set(|state| {
         state.rdi = DEVICE;
         state.rsi = CODE + before + prefixes(mode);
@@ -85,7 +85,7 @@ fn code_that_rewrites_itself(mode: Mode) -> Outcome {
 }
 
 fn client_rewrites_the_code(mode: Mode) -> Outcome {
-    let machine = Machine::new(mode, guest!("mov eax, [edi]", "hlt"))?;
+    let machine = Machine::with_kernel_code(mode, guest!("mov eax, [edi]", "hlt"))?;
     machine.set(|state| state.rdi = DEVICE)?;
     for (opcode, step) in [
         (0x8b, read(DEVICE, 4, 1)),
@@ -104,7 +104,7 @@ fn client_rewrites_the_code(mode: Mode) -> Outcome {
 
 /// The code's page is another one the second time.
 fn code_is_mapped_elsewhere(mode: Mode) -> Outcome {
-    let machine = Machine::new(mode, guest!("mov eax, [edi]", "hlt"))?;
+    let machine = Machine::with_kernel_code(mode, guest!("mov eax, [edi]", "hlt"))?;
     machine.set(|state| state.rdi = DEVICE)?;
     machine.expect(&[read(DEVICE, 4, 1), halt()])?;
     // mov [edi], eax: the second page has the same but for the opcode.
@@ -126,7 +126,7 @@ fn code_is_mapped_elsewhere(mode: Mode) -> Outcome {
 /// The first byte is the last of its page.
 fn instruction_across_pages(mode: Mode) -> Outcome {
     let code = guest!("mov eax, [edi]", "mov [edi + 8], eax", "hlt");
-    let machine = Machine::new(mode, code)?;
+    let machine = Machine::with_kernel_code(mode, code)?;
     let bytes = machine.ram.read(CODE, 32);
     machine.ram.write(CODE + 0xfff, &bytes);
     machine.set(|state| {
@@ -139,18 +139,17 @@ fn instruction_across_pages(mode: Mode) -> Outcome {
 /// A data breakpoint of the guest's on the device: the access is made, once, and has its result.
 fn watched_device(mode: Mode) -> Outcome {
     let code = guest!("mov eax, [edi]", "mov ebx, eax", "hlt");
-    let machine = Machine::new(mode, code)?;
+    let machine = Machine::with_kernel_code(mode, code)?;
     machine.set(|state| {
         state.rdi = DEVICE;
         state.dr0 = DEVICE;
         // L0, reads and writes, four bytes.
         state.dr7 = 0x400 | 1 | 0xf << 16;
     })?;
-    machine.expect(&[read(DEVICE, 4, 6)])?;
-    machine.set(|state| state.dr7 = 0x400)?;
-    machine.answer(&read(DEVICE, 4, 6));
-    machine.expect(&[halt()])?;
-    same!(machine.regs()?.rbx, 6, "EBX");
+    machine.expect(&[read(DEVICE, 4, 6), fault(1)])?;
+    let state = machine.regs()?;
+    same!((state.rax, state.rbx), (6, 0), "EAX and EBX at the trap");
+    same!(state.dr6 & 0xf, 1, "DR6");
     Ok(())
 }
 

@@ -59,6 +59,8 @@ fn power_up_state() -> Outcome {
         "LDT and TR"
     );
     same!((state.dr6, state.dr7), (0xffff_0ff0, 0x400), "DR6 and DR7");
+    let fpu = vcpu.fpu()?;
+    same!((fpu.fcw, fpu.mxcsr), (0x37f, 0x1f80), "FCW and MXCSR");
     Ok(())
 }
 

@@ -333,6 +333,10 @@ fn tsc_set_on_one() -> Outcome {
         }
     }
     ensure!(last < value + (1 << 34), "{last:#x}");
+    // Another value is another time, from any of them.
+    same!(two.set_msrs(&[(0x10, value << 4)])?, 1, "SET_MSRS");
+    let now = machine.vcpu.msrs(&[0x10])?[0];
+    ensure!(now >= value << 4, "{now:#x}");
     Ok(())
 }
 
