@@ -153,11 +153,15 @@ int haxm_os_guest_begin(void)
 		kernel_fpu_end();
 		return -1;
 	}
+	this_cpu_write(haxm_guest.task, (unsigned long)current);
+	if (unlikely(this_cpu_read(haxm_guest.owed)))
+		haxm_signal_owed();
 	return raw_smp_processor_id();
 }
 
 void haxm_os_guest_end(void)
 {
+	this_cpu_write(haxm_guest.task, (unsigned long)current | HAXM_OUTSIDE);
 #ifdef CONFIG_X86_IOPL_IOPERM
 	invalidate_tss_limit();
 #endif

@@ -11,6 +11,7 @@
 #ifndef HAXM_H
 #define HAXM_H
 
+#include <linux/percpu-defs.h>
 #include <linux/types.h>
 
 /* Node kinds, and the limits of the ABI that the minor numbers are made of. */
@@ -67,6 +68,9 @@ void haxm_os_fpu_begin(void);
 void haxm_os_fpu_end(void);
 u64 haxm_os_monotonic_ns(void);
 
+/* signal.c: signals that end RUN though they are blocked */
+u32 haxm_os_hears_signals(void);
+
 /* user.c: a process's address space, and pages shared with it */
 void *haxm_os_user_get(void);
 void haxm_os_user_put(void *user);
@@ -96,7 +100,21 @@ void haxm_os_node_remove(u32 kind, u32 vm, u32 vcpu);
 int haxm_devices_init(void);
 void haxm_devices_exit(void);
 int haxm_cpu_init(void);
+void haxm_signal_init(void);
+void haxm_signal_exit(void);
 void haxm_cpu_exit(void);
+
+/* A thread and the processor that its guest has. */
+struct haxm_guest {
+	/* The last one; with HAXM_OUTSIDE if its guest is not running now. */
+	unsigned long task;
+	/* Processors to interrupt when the next one starts. */
+	u32 owed;
+	u32 cpus[HAXM_VCPUS - 1];
+};
+#define HAXM_OUTSIDE 1ul
+DECLARE_PER_CPU(struct haxm_guest, haxm_guest);
+void haxm_signal_owed(void);
 
 /* The Rust half. */
 void haxm_core_set_log_level(u32 level);

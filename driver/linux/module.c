@@ -98,6 +98,7 @@ static int __init haxm_load(void)
 	err = haxm_cpu_init();
 	if (err)
 		goto no_cpus;
+	haxm_signal_init();
 	/* Makes /dev/HAX, which can be opened from then on: nothing may fail after. */
 	err = haxm_core_load();
 	if (err)
@@ -105,6 +106,7 @@ static int __init haxm_load(void)
 	return 0;
 
 no_core:
+	haxm_signal_exit();
 	haxm_cpu_exit();
 no_cpus:
 	haxm_devices_exit();
@@ -114,6 +116,7 @@ no_cpus:
 /* An open node holds the module (fops.owner), so nothing is open here. */
 static void __exit haxm_unload(void)
 {
+	haxm_signal_exit();
 	haxm_cpu_exit();
 	haxm_core_unload();
 	haxm_devices_exit();

@@ -168,6 +168,12 @@ pub unsafe trait Host: Clone + Send + Sync + 'static {
     /// RUN should return to user space.
     fn event_pending(&self) -> bool;
 
+    /// A signal that is sent to a thread in RUN ends it, as an interrupt does, even if
+    /// the thread blocks it.
+    fn hears_signals(&self) -> bool {
+        false
+    }
+
     /// Lets another thread have the processor for a while. May sleep.
     fn yield_now(&self);
 

@@ -38,6 +38,7 @@ pub(crate) const NEEDED: &[&str] = &[
 /// The C half and its build files, below `driver/linux`.
 const SHIM: &[&str] = &[
     "Kbuild", "Makefile", "haxm.h", "module.c", "device.c", "memory.c", "user.c", "cpu.c",
+    "signal.c",
 ];
 
 /// Runs the command with the words after its name.

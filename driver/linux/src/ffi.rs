@@ -47,6 +47,8 @@ unsafe extern "C" {
     pub(crate) fn haxm_os_fpu_end();
     pub(crate) safe fn haxm_os_monotonic_ns() -> u64;
 
+    pub(crate) safe fn haxm_os_hears_signals() -> u32;
+
     /// The calling process; null if there is none, or no memory.
     pub(crate) safe fn haxm_os_user_get() -> *mut c_void;
     pub(crate) fn haxm_os_user_put(user: *mut c_void);

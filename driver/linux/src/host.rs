@@ -143,6 +143,10 @@ unsafe impl Host for Linux {
         ffi::haxm_os_guest_left();
     }
 
+    fn hears_signals(&self) -> bool {
+        ffi::haxm_os_hears_signals() != 0
+    }
+
     fn yield_now(&self) {
         ffi::haxm_os_yield();
     }

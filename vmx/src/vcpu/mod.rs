@@ -124,6 +124,8 @@ pub struct Inner<H: Host> {
     /// The guest sent an interprocessor interrupt by the client's APIC, which
     /// knows it when the next RUN comes.
     sent_ipi: bool,
+    /// Nothing else would tell the other vCPUs: see [`Host::hears_signals`].
+    looks_for_ipis: bool,
     /// The guest is lost; every RUN says so.
     dead: bool,
     /// Exits so far, by basic reason.
@@ -204,6 +206,7 @@ impl<H: Host> Inner<H> {
             step_due: false,
             quiet: false,
             sent_ipi: false,
+            looks_for_ipis: !host.hears_signals(),
             dead: false,
             exits: try_box([0; ExitReason::COUNT])?,
         })

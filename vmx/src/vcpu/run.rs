@@ -68,7 +68,7 @@ impl<H: Host> Vcpu<H> {
         self.channel.set_exit_status(status.raw());
         let apic_base = inner.msrs.apic_base();
         self.channel.set_apic_base(apic_base);
-        if status == ExitStatus::FastMmio {
+        if status == ExitStatus::FastMmio && inner.looks_for_ipis {
             let command = (apic_base & APIC_PAGE).wrapping_add(APIC_COMMAND);
             inner.sent_ipi = self.channel.is_fast_mmio_write_to(command);
         }
@@ -95,8 +95,8 @@ impl<H: Host> Vcpu<H> {
         }
         let mut next = self.finish_plain(inner);
         if core::mem::take(&mut inner.sent_ipi) {
-            // The client has it in its APIC by now, and has told the threads
-            // of the other vCPUs in a way that QEMU's do not hear in RUN.
+            // The client has it in its APIC by now, and has told the threads of
+            // the other vCPUs by a signal, which QEMU's do not hear in RUN here.
             self.guest().kick_others(self.id());
         }
         if inner.emulation.is_under_way() {
