@@ -47,6 +47,7 @@ impl Number {
     /// The bytes above its size mean nothing. `None`: `gpr` does not know the
     /// register.
     #[cfg_attr(haxm_module, optimize(speed))]
+    #[inline]
     fn value(self, gpr: impl Fn(Gpr) -> Option<u64>) -> Option<u64> {
         Some(match self {
             Self::Constant(value) => value,

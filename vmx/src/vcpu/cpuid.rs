@@ -183,6 +183,7 @@ impl CpuidTable {
 
     /// The table for a host that answers CPUID with `host`, lends XCR0 bits
     /// `host_xcr0`, and has these VMX capabilities.
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub(super) fn build(
         host: impl Fn(u32, u32) -> CpuidResult,
         host_xcr0: Xcr0,
@@ -316,6 +317,7 @@ impl CpuidTable {
 
     /// Fixes the most that the rows may say: what we offer of what the host
     /// has and VMX operation allows.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn limit(&mut self, secondary: Secondary) {
         let mut limits = [0; WORDS.len()];
         for feature in Feature::OFFERED {
@@ -346,6 +348,7 @@ impl CpuidTable {
 
     /// Takes back what the limits or a missing foundation forbid, and works
     /// out the rows that follow from others.
+    #[cfg_attr(haxm_module, optimize(speed))]
     fn settle(&mut self) {
         // Not settable: what a foundation that came back brings back.
         let [.., limit_d, _, _] = self.limits;
@@ -429,6 +432,7 @@ impl CpuidTable {
 
     /// What the rest of the core wants to know of the table.
     #[must_use]
+    #[cfg_attr(haxm_module, optimize(speed))]
     pub fn features(&self) -> Features {
         let mut words = [0; WORDS.len()];
         for (word, value) in WORDS.into_iter().zip(&mut words) {

@@ -201,6 +201,7 @@ impl Events {
     }
 
     /// Gives the entry an external interrupt.
+    #[inline]
     pub fn inject_vector<H: Host>(current: &Current<'_, H>, number: u8) {
         let word = InterruptionInfo::new(EventKind::Interrupt, number, false);
         current.write(field::ENTRY_INTERRUPTION_INFO, word.0);

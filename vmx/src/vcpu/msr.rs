@@ -84,6 +84,7 @@ const APIC_BASE_ADDRESS: u64 = 0xfee0_0000;
 
 /// Where `register` lives for a guest with these features.
 #[must_use]
+#[cfg_attr(haxm_module, optimize(speed))]
 pub fn classify(register: u32, features: &Features) -> Msr {
     match register {
         msr::IA32_TSC => Msr::Tsc,

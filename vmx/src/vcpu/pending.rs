@@ -56,6 +56,7 @@ impl PendingVectors {
     /// The highest vector that waits.
     #[must_use]
     #[cfg_attr(haxm_module, optimize(speed))]
+    #[inline]
     pub fn highest(&self) -> Option<u8> {
         let words = self.words.iter().enumerate().rev();
         words
@@ -72,6 +73,7 @@ impl PendingVectors {
     /// not hold back.
     #[must_use]
     #[cfg_attr(haxm_module, optimize(speed))]
+    #[inline]
     pub fn deliverable(&self, tpr: u8) -> Option<u8> {
         let highest = self.highest()?;
         if highest >> 4 > tpr >> 4 {
