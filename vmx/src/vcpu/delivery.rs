@@ -158,8 +158,9 @@ impl Before {
         let values = values.get(first..last).unwrap_or_default();
         let mut bytes = [0; 48];
         for (to, value) in bytes.chunks_mut(slot).zip(values) {
-            let from = value.to_le_bytes();
-            to.copy_from_slice(from.get(..slot).unwrap_or_default());
+            for (to, from) in to.iter_mut().zip(value.to_le_bytes()) {
+                *to = from;
+            }
         }
         let size = slot.wrapping_mul(values.len());
         let (rsp, at) = if self.is_long() {
