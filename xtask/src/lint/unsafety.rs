@@ -34,6 +34,7 @@ const FILES: &[&str] = &[
     "vmx/src/vcpu/loan.rs",
     "vmx/src/vcpu/pmu.rs",
     "vmx/src/vcpu/switched_msrs.rs",
+    "vmx/src/vcpu/task_priority.rs",
     "vmx/src/vcpu/tunnel.rs",
     "vmx/src/vcpu/vmcs.rs",
 ];
