@@ -18,6 +18,7 @@ Loads haxm.ko on the emulated PC and runs the cases whose name contains FILTER t
   --kernel 6.1|6.12|7   Debian's kernel (6.1)
   --huge-page         a larger PC that has a page of 1 GB to give
   --pin               with the module's parameter pin=1
+  --counters          on a PC whose processors have performance counters
   --verbose           name each case before it runs";
 
 /// The client runs on the emulated PC whatever the host is.
@@ -115,6 +116,12 @@ pub(crate) fn huge_page_pc(module: &Path, client: &Path, script: &str) -> Pc {
         .append("hugepagesz=1G hugepages=1")
 }
 
+/// The PC with performance counters, and the cases about them.
+pub(crate) fn counters_pc(module: &Path, client: &Path, script: &str) -> Pc {
+    let script = format!("export CONFORMANCE_COUNTERS=1\n{script}");
+    pc(module, client, &script).module("msr", "").counters()
+}
+
 /// Runs the command with the words after its name.
 pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     let mut cpus = 1;
@@ -123,6 +130,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     let mut verbose = false;
     let mut huge_page = false;
     let mut pin = false;
+    let mut counters = false;
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         let mut value = || {
@@ -139,6 +147,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
             "--verbose" => verbose = true,
             "--huge-page" => huge_page = true,
             "--pin" => pin = true,
+            "--counters" => counters = true,
             // The filter becomes part of a shell script.
             word if is_filter(word) && filter.is_empty() => word.clone_into(&mut filter),
             _ => bail!("cannot make sense of '{arg}'\n{HELP}"),
@@ -147,7 +156,11 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     let built = module::build(&series)?;
     let client = build()?;
     let stripped = stripped(&built)?;
-    let machine = if huge_page { huge_page_pc } else { pc };
+    let machine = match (huge_page, counters) {
+        (true, _) => huge_page_pc,
+        (_, true) => counters_pc,
+        _ => pc,
+    };
     let script = if pin { pinned_script } else { script };
     let outcome = machine(&stripped, &client, &script(&filter, verbose))
         .cpus(cpus)

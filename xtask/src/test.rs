@@ -148,6 +148,15 @@ fn emulated<'a>(parts: &'a setup::Parts, newer: &'a setup::Parts, stages: &mut V
         "conformance beside KVM, kernel 7".into(),
         Box::new(|| beside_kvm(&setup::everything(Flavour::Cloud7)?)),
     ));
+    stages.push((
+        "performance counters".into(),
+        Box::new(move || {
+            let script = conformance::script("pmu/", false);
+            let outcome = conformance::counters_pc(&parts.module, &parts.conformance, &script)
+                .run(&mut std::io::stdout())?;
+            verdict(&outcome, outcome.success())
+        }),
+    ));
     stages.push(("a page of 1 GB".into(), Box::new(move || huge_page(parts))));
     for refusal in REFUSALS {
         stages.push((

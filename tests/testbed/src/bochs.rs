@@ -23,6 +23,12 @@ const EXTERNAL_INTERRUPT: &str = include_str!("../patches/bochs-external-interru
 /// Without it exits and faults right after an exception report a wrong RIP on several processors: see the patch.
 const SMP_RIP: &str = include_str!("../patches/bochs-smp-rip.patch");
 
+/// Performance counters, which Bochs has none of: see the patch.
+const COUNTERS: &str = include_str!("../patches/bochs-pmu.patch");
+
+/// The variable that switches them on, in that build.
+pub(crate) const COUNTERS_ON: &str = "BOCHS_PMU";
+
 /// What counts instructions in the profiler's build, in the place of Bochs's own empty hooks.
 const INSTRUMENT: [(&str, &str); 2] = [
     ("instrument.h", include_str!("../profiler/instrument.h")),
@@ -59,6 +65,8 @@ pub enum Build {
     Own,
     /// The same, and it counts instructions: see `profiler/instrument.h`.
     Profiler,
+    /// The same, and its processors can have performance counters.
+    Counters,
     /// 2.7, Debian's package.
     Debian,
 }
@@ -107,17 +115,32 @@ impl Bochs {
     pub fn ensure_profiler(work: &WorkFolder) -> Result<Self> {
         own(work, Build::Profiler)
     }
+
+    /// Fetches and builds the emulator whose processors can have performance counters, once. It is a build of its
+    /// own, so that no other run depends on it.
+    ///
+    /// # Errors
+    /// It is not to be had.
+    pub fn ensure_counters(work: &WorkFolder) -> Result<Self> {
+        own(work, Build::Counters)
+    }
 }
 
 fn own(work: &WorkFolder, build: Build) -> Result<Bochs> {
     let mut recipe = CONFIGURE.to_vec();
     recipe.extend([TARBALL, SHA256, EXTERNAL_INTERRUPT, SMP_RIP, "1"]);
-    let name = if build == Build::Profiler {
-        recipe.extend(INSTRUMENT.iter().map(|(_, text)| *text));
-        format!("bochs-3.0-profiler-{}", key(&recipe))
-    } else {
-        format!("bochs-3.0-{}", key(&recipe))
+    let kind = match build {
+        Build::Profiler => {
+            recipe.extend(INSTRUMENT.iter().map(|(_, text)| *text));
+            "profiler-"
+        }
+        Build::Counters => {
+            recipe.push(COUNTERS);
+            "counters-"
+        }
+        Build::Own | Build::Debian => "",
     };
+    let name = format!("bochs-3.0-{kind}{}", key(&recipe));
     let folder = work.once(&name, |dir| {
         // Kept when interrupted, so that make goes on where it was.
         let source = work.path(&format!("{name}.source"));
@@ -168,6 +191,9 @@ fn unpack_and_configure(work: &WorkFolder, source: &Path, build: Build) -> Resul
     command::output(&mut tar)?;
     apply(EXTERNAL_INTERRUPT, &part)?;
     apply(SMP_RIP, &part)?;
+    if build == Build::Counters {
+        apply(COUNTERS, &part)?;
+    }
     let mut configure = Command::new("./configure");
     configure.args(CONFIGURE).current_dir(&part);
     if build == Build::Profiler {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::bochs::{Bochs, Build};
+use crate::bochs::{Bochs, Build, COUNTERS_ON};
 use crate::cpio::Initramfs;
 use crate::cpu;
 use crate::disk::{Boot, Geometry};
@@ -72,6 +72,7 @@ pub struct Pc {
     report_errors: bool,
     keep: bool,
     profile: bool,
+    counters: bool,
 }
 
 impl Default for Pc {
@@ -100,6 +101,7 @@ impl Pc {
             report_errors: false,
             keep: false,
             profile: false,
+            counters: false,
         }
     }
 
@@ -221,6 +223,12 @@ impl Pc {
         self
     }
 
+    /// Gives the processors performance counters (`patches/bochs-pmu.patch`), by another build of the emulator.
+    pub fn counters(mut self) -> Self {
+        self.counters = true;
+        self
+    }
+
     /// Keeps the run's folder even when it succeeds.
     pub fn keep(mut self) -> Self {
         self.keep = true;
@@ -246,6 +254,8 @@ impl Pc {
         packages::ensure_packages(packages::NEEDED)?;
         let bochs = if self.profile {
             Bochs::ensure_profiler(&work)?
+        } else if self.counters {
+            Bochs::ensure_counters(&work)?
         } else {
             Bochs::ensure(&work)?
         };
@@ -386,6 +396,9 @@ impl Pc {
         command
             .current_dir(&run.path)
             .env("LD_PRELOAD", pieces.clock());
+        if bochs.build == Build::Counters {
+            command.env(COUNTERS_ON, "1");
+        }
         command
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)

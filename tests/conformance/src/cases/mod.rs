@@ -58,6 +58,7 @@ mod msr;
 mod oracle;
 mod paused;
 mod pio;
+mod pmu;
 mod ram;
 mod ram_protection;
 mod registers;
@@ -189,6 +190,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "msr",
         cases: msr::CASES,
+    },
+    Group {
+        name: "pmu",
+        cases: pmu::CASES,
     },
     Group {
         name: "debug",
