@@ -335,6 +335,7 @@ impl<S: Shim> Devices<S> {
         (status, bytes)
     }
 
+    #[inline(always)]
     fn dispatch<A: Argument>(&self, opened: &Opened<S>, number: u32, argument: &mut A) -> Status {
         let device = match &opened.0 {
             Object::System => Device::System,

@@ -420,7 +420,7 @@ fn has_if<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> bool {
 
 /// The guest can take an external interrupt: SDM 6.8.1 "Masking Maskable
 /// Hardware Interrupts", 25.4.2, table 25-3.
-#[cfg_attr(haxm_module, optimize(speed))]
+#[inline]
 fn can_interrupt<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> bool {
     if !has_if(inner, current) {
         return false;
