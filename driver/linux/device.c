@@ -8,11 +8,13 @@
  */
 
 #include <linux/cdev.h>
+#include <linux/completion.h>
 #include <linux/cred.h>
 #include <linux/device.h>
 #include <linux/fs.h>
 #include <linux/miscdevice.h>
 #include <linux/module.h>
+#include <linux/refcount.h>
 #include <linux/slab.h>
 #include <linux/version.h>
 
@@ -28,8 +30,16 @@ struct haxm_node {
 };
 
 static dev_t haxm_region;
-static struct cdev haxm_cdev;
+/* The kernel's own memory: it may hold on to it when the module is gone. */
+static struct cdev *haxm_cdev;
 static struct class *haxm_class;
+/*
+ * One for the module and one for each node. Whoever still looks at a node when
+ * it is removed puts off the call that frees it, and the module must be there
+ * for that call.
+ */
+static refcount_t haxm_nodes_held = REFCOUNT_INIT(1);
+static DECLARE_COMPLETION(haxm_nodes_freed);
 /* By minor. The core makes and removes one node after the other. */
 static struct haxm_node *haxm_nodes[HAXM_MINORS];
 
@@ -130,9 +140,16 @@ static const struct device_type haxm_node_type = {
 	.devnode = haxm_devnode,
 };
 
+static void haxm_nodes_put(void)
+{
+	if (refcount_dec_and_test(&haxm_nodes_held))
+		complete(&haxm_nodes_freed);
+}
+
 static void haxm_node_free(struct device *device)
 {
 	kfree(container_of(device, struct haxm_node, device));
+	haxm_nodes_put();
 }
 
 static int haxm_minor(u32 kind, u32 vm, u32 vcpu)
@@ -162,6 +179,7 @@ static int haxm_child_create(u32 kind, u32 vm, u32 vcpu)
 	}
 	node->uid = current_fsuid();
 	node->gid = current_fsgid();
+	refcount_inc(&haxm_nodes_held);
 	device_initialize(&node->device);
 	node->device.release = haxm_node_free;
 	node->device.class = haxm_class;
@@ -220,13 +238,20 @@ int haxm_devices_init(void)
 		err = PTR_ERR(haxm_class);
 		goto no_class;
 	}
-	cdev_init(&haxm_cdev, &haxm_child_ops);
-	haxm_cdev.owner = THIS_MODULE;
-	err = cdev_add(&haxm_cdev, haxm_region, HAXM_MINORS);
-	if (err)
+	haxm_cdev = cdev_alloc();
+	if (!haxm_cdev) {
+		err = -ENOMEM;
 		goto no_cdev;
+	}
+	haxm_cdev->ops = &haxm_child_ops;
+	haxm_cdev->owner = THIS_MODULE;
+	err = cdev_add(haxm_cdev, haxm_region, HAXM_MINORS);
+	if (err)
+		goto not_added;
 	return 0;
 
+not_added:
+	kobject_put(&haxm_cdev->kobj);
 no_cdev:
 	class_destroy(haxm_class);
 no_class:
@@ -236,7 +261,9 @@ no_class:
 
 void haxm_devices_exit(void)
 {
-	cdev_del(&haxm_cdev);
+	haxm_nodes_put();
+	wait_for_completion(&haxm_nodes_freed);
+	cdev_del(haxm_cdev);
 	class_destroy(haxm_class);
 	unregister_chrdev_region(haxm_region, HAXM_MINORS);
 }
