@@ -75,6 +75,7 @@ u32 haxm_os_hears_signals(void);
 void *haxm_os_user_get(void);
 void haxm_os_user_put(void *user);
 u32 haxm_os_user_is_current(void *user);
+u32 haxm_os_user_has_ended(void *user);
 int haxm_os_user_fault_in(void *user, u64 address, u32 write, u32 ahead,
 			  u64 *frame, u32 *writable, u32 *shift);
 void haxm_os_user_present(void *user, u64 first, size_t wanted, u64 *pages,

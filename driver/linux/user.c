@@ -73,6 +73,14 @@ u32 haxm_os_user_is_current(void *handle)
 	return current->mm == user->mm;
 }
 
+/* The structure outlives its last user, who is a thread or looks at its memory. */
+u32 haxm_os_user_has_ended(void *handle)
+{
+	struct haxm_user *user = handle;
+
+	return !atomic_read(&user->mm->mm_users);
+}
+
 /*
  * The page-table entry that maps an address, as far down as there is one, and
  * log2 of the size of what it maps. *pmd is what the lowest directory says, none

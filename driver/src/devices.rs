@@ -231,8 +231,21 @@ impl<S: Shim> Devices<S> {
         drop(object);
     }
 
+    /// Ends the VMs that nobody opened while their owners lived: otherwise whoever is killed between the two
+    /// requests takes an id away for ever.
+    fn end_orphans(&self) {
+        loop {
+            let taken = self.table.lock().take_orphan();
+            let Some((id, vm)) = taken else {
+                break;
+            };
+            self.discard(Node::Vm(id), vm);
+        }
+    }
+
     /// Makes a VM and its node; the id.
     pub(crate) fn create_vm(&self) -> Result<u32, Failure> {
+        self.end_orphans();
         let vm = Core::create_vm(&self.core)?;
         let id = vm.id();
         if id >= self.os().max_vms() {

@@ -58,6 +58,8 @@ pub trait CoreVm: Send + Sync + 'static {
     /// # Errors
     /// [`Error::Denied`]: it did not.
     fn check_owner(&self) -> Result<(), Error>;
+    /// Whether the process that made this VM has ended.
+    fn owner_has_ended(&self) -> bool;
     /// Makes a vCPU and its shared pages in the calling process.
     ///
     /// # Errors
@@ -184,6 +186,10 @@ impl<H: Host> CoreVm for Vm<H> {
 
     fn check_owner(&self) -> Result<(), Error> {
         self.check_owner()
+    }
+
+    fn owner_has_ended(&self) -> bool {
+        self.owner_has_ended()
     }
 
     fn create_vcpu(this: &Shared<Self>, id: u32) -> Result<Shared<Vcpu<H>>, Error> {

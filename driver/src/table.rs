@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 use abi::{MAX_VCPUS, MAX_VMS};
 use vmx::fallible::{NoMemory, Shared, TryPush};
 
-use crate::hypervisor::Core;
+use crate::hypervisor::{Core, CoreVm};
 
 /// vCPUs of a VM.
 const VCPU_SLOTS: usize = MAX_VCPUS as usize;
@@ -150,6 +150,15 @@ impl<C: Core> Table<C> {
     /// Takes a VM out that nobody has opened.
     pub(crate) fn take_unopened_vm(&mut self, id: u32) -> Option<Shared<C::Vm>> {
         self.take_vm_if(id, |entry| entry.used == Use::Never)
+    }
+
+    /// Takes some VM out that nobody has opened, and nobody will: its owner has ended. With its id.
+    pub(crate) fn take_orphan(&mut self) -> Option<(u32, Shared<C::Vm>)> {
+        let orphan = |entry: &VmEntry<C>| entry.used == Use::Never && entry.vm.owner_has_ended();
+        (0..)
+            .zip(self.vms.iter_mut())
+            .find(|(_, slot)| slot.as_ref().is_some_and(orphan))
+            .and_then(|(id, slot)| Some((id, slot.take()?.vm)))
     }
 
     /// Takes a VM out whose handle is closed and that has no vCPUs left.

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use abi::{Device, Os, Request};
 use haxm_driver::{LoadError, Node};
-use mock::World;
 use mock::client::{Client, expect};
+use mock::{OWNER, World};
 
 const VM: Node = Node::Vm(0);
 const VCPU0: Node = Node::Vcpu { vm: 0, vcpu: 0 };
@@ -123,6 +123,30 @@ fn vcpus_nobody_opens_end_with_their_vms_handle() {
         assert!(client.world.state().vms.is_empty());
         assert_eq!(client.create_vm(), 0);
         client.end(vec![system]);
+    }
+}
+
+/// Of three VMs of a process that has ended, one was opened and its handle is still held, by a child.
+#[test]
+fn a_vm_nobody_opened_gives_its_id_back_when_its_owner_has_ended() {
+    for os in Os::ALL {
+        let client = Client::new(os);
+        client.world.state().process = OWNER + 1;
+        for id in 0..3 {
+            assert_eq!(client.create_vm(), id);
+        }
+        let opened = client.open(Node::Vm(1));
+        client.world.state().process = OWNER;
+        assert_eq!(client.create_vm(), 3);
+        client.world.state().ended.insert(OWNER + 1);
+        let left =
+            |client: &Client| -> Vec<_> { client.world.state().vms.iter().copied().collect() };
+        assert_eq!(left(&client), [0, 1, 2, 3]);
+        assert_eq!(client.create_vm(), 0);
+        assert_eq!(left(&client), [0, 1, 3]);
+        assert!(!client.world.state().nodes.contains("vm2"));
+        assert_eq!(client.create_vm(), 2);
+        client.end(vec![opened]);
     }
 }
 

@@ -365,6 +365,9 @@ pub unsafe trait UserSpace: Send + Sync {
     /// Whether the calling thread belongs to this process.
     fn is_current(&self) -> bool;
 
+    /// Whether the process has ended: no thread of it will ever run again.
+    fn has_ended(&self) -> bool;
+
     /// Where the page behind `address` is, brought in if need be. May sleep.
     /// If it had to be brought in, up to `ahead` pages that follow it may be
     /// brought in too, where they are of the same kind, private, and cost no

@@ -36,6 +36,11 @@ impl<H: Host> Vm<H> {
         }
     }
 
+    /// Whether the process that made the VM has ended: nobody can open or use the VM any more.
+    pub fn owner_has_ended(&self) -> bool {
+        self.guest.memory().owner_has_ended()
+    }
+
     /// ALLOC_RAM and ADD_RAMBLOCK: registers `size` bytes at `start`.
     ///
     /// # Errors

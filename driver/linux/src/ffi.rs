@@ -53,6 +53,7 @@ unsafe extern "C" {
     pub(crate) safe fn haxm_os_user_get() -> *mut c_void;
     pub(crate) fn haxm_os_user_put(user: *mut c_void);
     pub(crate) fn haxm_os_user_is_current(user: *mut c_void) -> u32;
+    pub(crate) fn haxm_os_user_has_ended(user: *mut c_void) -> u32;
     pub(crate) fn haxm_os_user_fault_in(
         user: *mut c_void,
         address: u64,

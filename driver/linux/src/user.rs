@@ -129,6 +129,11 @@ unsafe impl UserSpace for Process {
         unsafe { ffi::haxm_os_user_is_current(self.handle.as_ptr()) != 0 }
     }
 
+    fn has_ended(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { ffi::haxm_os_user_has_ended(self.handle.as_ptr()) != 0 }
+    }
+
     fn fault_in(&self, address: Hva, write: bool, ahead: u32) -> Result<HostFrame, UserFault> {
         let (mut frame, mut writable, mut shift) = (0, 0, 0);
         // SAFETY: the handle lives as long as self; the results are our locals.

@@ -78,6 +78,8 @@ pub(crate) struct State {
     pub(crate) refuse_node: bool,
     /// The process that runs.
     pub(crate) process: u32,
+    /// Processes that have ended.
+    pub(crate) ended: BTreeSet<u32>,
     pub(crate) capability: Capability,
     /// The caller's memory.
     pub(crate) memory: Vec<u8>,
@@ -299,6 +301,10 @@ impl CoreVm for MockVm {
         } else {
             Err(Error::Denied)
         }
+    }
+
+    fn owner_has_ended(&self) -> bool {
+        self.world.state().ended.contains(&self.owner)
     }
 
     fn create_vcpu(this: &Shared<Self>, id: u32) -> Result<Shared<MockVcpu>, Error> {

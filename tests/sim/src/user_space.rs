@@ -89,6 +89,11 @@ unsafe impl UserSpace for SimUserSpace {
         self.process.is_current()
     }
 
+    /// Processes of the simulator do not end.
+    fn has_ended(&self) -> bool {
+        false
+    }
+
     fn fault_in(&self, address: Hva, write: bool, ahead: u32) -> Result<HostFrame, UserFault> {
         self.may_sleep("fault_in");
         if fault::strikes() {

@@ -126,6 +126,12 @@ impl<H: Host> AddressSpace<H> {
         self.inner.user.is_current()
     }
 
+    /// Whether that process has ended.
+    #[must_use]
+    pub fn owner_has_ended(&self) -> bool {
+        self.inner.user.has_ended()
+    }
+
     /// The EPT pointer for the VMCS. It can change (only its accessed-and-dirty
     /// flag, from 1 to 0); then every processor's next `before_entry` asks for
     /// a flush, so it is enough to compare it when that happens.

@@ -98,6 +98,11 @@ unsafe impl UserSpace for FakeProcess {
         })
     }
 
+    /// It lives as long as the test.
+    fn has_ended(&self) -> bool {
+        false
+    }
+
     fn is_current(&self) -> bool {
         true
     }
