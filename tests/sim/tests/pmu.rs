@@ -323,10 +323,14 @@ fn leaf_a(client: &Client) -> CpuidResult {
 
 #[test]
 fn counters_are_offered_where_they_can_be_switched() {
+    // Version 1 alone, with the controls all the same.
+    let mut old = Profile::haswell();
+    old.cpuid.get_mut(&(0xa, 0)).unwrap().eax = 0x0730_0401;
     for (profile, eax) in [
         (Profile::haswell(), 0x0730_0401),
         (Profile::haswell().with_counters(5), 0x0730_0401),
         (Profile::haswell().with_counters(2), 0x0730_0401),
+        (old, 0),
         (Profile::haswell().with_counters(1), 0),
         (Profile::haswell().with_counters(0), 0),
         (Profile::haswell().without_counter_switching(), 0),
@@ -368,7 +372,11 @@ fn a_client_takes_counters_away() {
         ..CpuidResult::default()
     };
     assert_eq!(leaf_a(&client), expected);
-    client.run(instructions(2));
+    let mut steps = instructions(2);
+    steps.push(Step::act(|guest| {
+        assert_eq!(guest.msr(IA32_PERF_GLOBAL_CTRL), 1);
+    }));
+    client.run(steps);
     assert_eq!(client.msr(IA32_PMC0), Some(4));
     assert_eq!(client.msr(IA32_PMC0 + 2), Some(0));
     assert_eq!(client.msr(IA32_PERFEVTSEL0 + 2), Some(0));
