@@ -16,6 +16,7 @@ const HELP: &str = "usage: cargo xtask conformance [OPTIONS] [FILTER]
 Loads haxm.ko on the emulated PC and runs the cases whose name contains FILTER through /dev/HAX.
   --cpus N            processors (1)
   --kernel 6.1|6.12|7   Debian's kernel (6.1)
+  --kernel debug      one built here that watches itself: locks, lists, objects, memory
   --huge-page         a larger PC that has a page of 1 GB to give
   --pin               with the module's parameter pin=1
   --counters          on a PC whose processors have performance counters
@@ -64,6 +65,9 @@ pub(crate) fn stripped(module: &Path) -> Result<PathBuf> {
     Ok(stripped)
 }
 
+/// What kernels that watch themselves say when they start, of what they will look for.
+const AT_START: &str = "kmemleak: (Kernel memory leak detector|Automatic memory scanning)";
+
 /// What the emulated PC does with `/haxm.ko` and `/conformance`: load, probe, run the cases, unload, and
 /// look what the kernel says about it. Exit code 0 if all of it is as it should be.
 pub(crate) fn script(filter: &str, verbose: bool) -> String {
@@ -81,7 +85,7 @@ rmmod haxm || {{ echo 'rmmod failed'; code=12; }}
 [ -e /dev/HAX ] && {{ echo '/dev/HAX is still there'; code=13; }}
 ls -d /dev/hax* 2>/dev/null && {{ echo 'device nodes are still there'; code=14; }}
 if dmesg | grep -E 'BUG|WARNING|Oops|Call Trace|scheduling while atomic|possible recursive|\
-bad page|internal error|leak'; then
+bad page|internal error|leak|INFO: |blocked for' | grep -vE '{AT_START}'; then
   echo 'the kernel complains'; code=15
 fi
 [ $code = 0 ] || dmesg | grep haxm | tail -20
@@ -93,6 +97,29 @@ exit $code
 /// The same with guest RAM pinned instead of borrowed.
 pub(crate) fn pinned_script(filter: &str, verbose: bool) -> String {
     script(filter, verbose).replacen("insmod /haxm.ko", "insmod /haxm.ko pin=1", 1)
+}
+
+/// One of these scripts for a kernel that watches itself: nothing is left allocated, and the kernel has watched to the
+/// end. It stops to check locks after its first complaint or when its tables are full.
+pub(crate) fn watched_script(script: &str) -> String {
+    let end = "mount -t debugfs none /sys/kernel/debug || exit 17
+leaks=/sys/kernel/debug/kmemleak
+if [ -e $leaks ]; then
+  # It reports what is older than five seconds.
+  sleep 6; echo scan > $leaks; sleep 1; echo scan > $leaks
+  grep . $leaks && { echo 'memory is left'; code=18; }
+fi
+grep -q '^ *debug_locks: *1' /proc/lockdep_stats || { echo 'locks are not checked any more'; code=19; }
+exit $code
+";
+    script.replacen("exit $code\n", end, 1)
+}
+
+/// A PC with what a kernel that watches itself takes: memory, and instructions between two interrupts of its clock.
+pub(crate) fn watched(pc: Pc) -> Pc {
+    pc.memory_mb(1024)
+        .instructions_per_second(200_000_000)
+        .timeout(Duration::from_secs(1800))
 }
 
 /// The PC with the files of [`script`].
@@ -161,11 +188,23 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
         (_, true) => counters_pc,
         _ => pc,
     };
+    let flavour = Flavour::from_series(&series)?;
+    // Where there may be a call trace to read, with the names in it.
+    let module = if flavour.is_watching() {
+        &built
+    } else {
+        &stripped
+    };
     let script = if pin { pinned_script } else { script };
-    let outcome = machine(&stripped, &client, &script(&filter, verbose))
-        .cpus(cpus)
-        .kernel(Flavour::from_series(&series)?)
-        .run(&mut io::stdout())?;
+    let mut script = script(&filter, verbose);
+    if flavour.is_watching() {
+        script = watched_script(&script);
+    }
+    let mut pc = machine(module, &client, &script);
+    if flavour.is_watching() {
+        pc = watched(pc);
+    }
+    let outcome = pc.cpus(cpus).kernel(flavour).run(&mut io::stdout())?;
     eprintln!("conformance: {outcome}");
     Ok(if outcome.success() {
         ExitCode::SUCCESS
@@ -182,6 +221,15 @@ fn is_filter(word: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_watched_run_asks_before_it_ends() {
+        let script = watched_script(&pinned_script("pio", false));
+        let (before, after) = script.split_once("kmemleak\n").unwrap();
+        assert!(before.contains("pin=1") && before.contains("rmmod"));
+        assert_eq!(script.matches("exit $code\n").count(), 1);
+        assert!(after.ends_with("exit $code\n"), "{script}");
+    }
 
     #[test]
     fn words_that_mean_nothing_are_refused() {

@@ -54,7 +54,7 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "module",
-        about: "[--kernel 6.1|6.12|7|DIR]  build haxm.ko",
+        about: "[--kernel 6.1|6.12|7|debug|DIR]  build haxm.ko",
         run: module::run,
     },
     Command {

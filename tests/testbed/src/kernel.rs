@@ -1,7 +1,8 @@
-//! A stock Debian kernel for the emulated PC, with its modules and the headers to build more:
-//! resolved in the archive when first wanted, unpacked and never installed.
+//! A kernel for the emulated PC, with its modules and the headers to build more: a stock one of Debian's,
+//! resolved in the archive when first wanted, unpacked and never installed, or one of our configuration.
 
 mod install;
+mod watching;
 
 pub(crate) use install::numbers;
 
@@ -29,11 +30,18 @@ pub enum Flavour {
     /// The newest Linux 7, cloud configuration, that Debian 13's backports have: what users of
     /// newer systems have, and what the module must build for next.
     Cloud7,
+    /// Linux 6.1, built here with the kernel's checks of locks (lockdep), sleep, lists, objects and memory.
+    Debug,
 }
 
 impl Flavour {
     /// All of them.
-    pub const ALL: &[Flavour] = &[Flavour::Cloud6_1, Flavour::Cloud6_12, Flavour::Cloud7];
+    pub const ALL: &[Flavour] = &[
+        Flavour::Cloud6_1,
+        Flavour::Cloud6_12,
+        Flavour::Cloud7,
+        Flavour::Debug,
+    ];
 
     /// The series, as people and package names write it.
     #[must_use]
@@ -42,7 +50,14 @@ impl Flavour {
             Flavour::Cloud6_1 => "6.1",
             Flavour::Cloud6_12 => "6.12",
             Flavour::Cloud7 => "7",
+            Flavour::Debug => "debug",
         }
+    }
+
+    /// Whether it watches itself, which takes memory and some times the instructions.
+    #[must_use]
+    pub fn is_watching(self) -> bool {
+        self == Flavour::Debug
     }
 
     /// The flavour with this series.
@@ -53,7 +68,7 @@ impl Flavour {
         let found = Self::ALL.iter().find(|f| f.series() == series);
         found
             .copied()
-            .with_context(|| format!("no kernel series '{series}' (6.1, 6.12, 7)"))
+            .with_context(|| format!("no kernel series '{series}' (6.1, 6.12, 7, debug)"))
     }
 }
 
@@ -83,12 +98,16 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The newest kernel of this flavour whose headers are in the archive too; once found it stays
-    /// the same until the work folder is removed.
+    /// The newest kernel of this flavour whose headers are in the archive too, or the one built from source; once
+    /// found it stays the same until the work folder is removed.
     ///
     /// # Errors
-    /// None is found, or it cannot be fetched or unpacked.
+    /// None is found, or it cannot be fetched, unpacked or built.
     pub fn ensure(work: &WorkFolder, flavour: Flavour) -> Result<Self> {
+        if flavour.is_watching() {
+            let (dir, release) = watching::ensure(work)?;
+            return Self::open(&dir, &release);
+        }
         let memo = format!("kernel-{}.release", flavour.series());
         if let Some(release) = work.read(&memo) {
             let known = work.path(&format!("kernel-{}", release.trim()));
@@ -98,7 +117,7 @@ impl Kernel {
         }
         let archive = match flavour {
             Flavour::Cloud7 => Archive::of(work, LATER, "amd64")?,
-            Flavour::Cloud6_1 | Flavour::Cloud6_12 => Archive::machine(),
+            _ => Archive::machine(),
         };
         let mut releases = install::candidates(&archive, flavour.series())?;
         if releases.is_empty() && flavour != Flavour::Cloud7 {

@@ -32,6 +32,7 @@ pub mod firmware;
 pub mod folder;
 pub mod guest;
 pub mod kernel;
+mod linux_source;
 pub mod outcome;
 pub mod packages;
 mod pc;

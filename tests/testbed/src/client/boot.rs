@@ -182,7 +182,9 @@ impl Boot {
         put("-display", "none".to_owned());
         put("-vga", "none".to_owned());
         put("-serial", "stdio".to_owned());
-        put("-bios", format!("{firmware}/{}", self.machine.firmware()));
+        let image = self.system.firmware();
+        let usual = || format!("{firmware}/{}", self.machine.firmware());
+        put("-bios", image.unwrap_or_else(usual));
         put("-L", firmware);
         put("-kernel", self.system.kernel());
         if let Some(initrd) = self.system.initrd(self.initramfs) {

@@ -1,5 +1,5 @@
 //! Guests' kernels that the emulated PC itself does not run, from Debian's packages: 32-bit ones, of
-//! Debian's archive for i386, and programs that need no system.
+//! Debian's archive for i386, firmware with the kernel it boots, and programs that need no system.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,6 +17,8 @@ const RELEASE: &str = "bookworm";
 /// Debian's Linux for 32-bit processors with physical address extension. Of each release there is a
 /// package with this name, whatever becomes of the signed ones.
 const LINUX: (&str, &str) = ("linux-image-6.1.", "-686-pae-unsigned");
+/// The same for 64-bit processors, which can do more than the cloud configuration.
+const GENERIC: (&str, &str) = ("linux-image-6.1.", "-amd64-unsigned");
 const MACH: &str = "gnumach-image-1.8-486";
 
 /// Kernels of 32 bits.
@@ -47,7 +49,7 @@ impl I386 {
 }
 
 fn fetch(work: &WorkFolder, dir: &Path, archive: &Archive) -> Result<()> {
-    let names = releases(&archive.names(LINUX.0)?);
+    let names = releases(&archive.names(LINUX.0)?, LINUX.1);
     let name = names.last().context("the archive has no such Linux")?;
     let release = name.trim_start_matches("linux-image-");
     let release = release.trim_end_matches("-unsigned");
@@ -63,9 +65,11 @@ fn fetch(work: &WorkFolder, dir: &Path, archive: &Archive) -> Result<()> {
     Ok(())
 }
 
-/// The packages of Linux, oldest first.
-fn releases(names: &[String]) -> Vec<String> {
-    let wanted = |name: &&String| name.ends_with(LINUX.1) && !name.contains("-rt-");
+/// The packages of Linux whose names end so, oldest first.
+fn releases(names: &[String], end: &str) -> Vec<String> {
+    let others = ["-rt-", "-cloud-"];
+    let wanted =
+        |name: &&String| name.ends_with(end) && !others.iter().any(|other| name.contains(other));
     let mut found: Vec<String> = names.iter().filter(wanted).cloned().collect();
     found.sort_by_key(|name| numbers(name));
     found
@@ -85,6 +89,37 @@ pub(super) fn memtest(work: &WorkFolder) -> Result<PathBuf> {
 /// As [`memtest`].
 pub(super) fn ipxe(work: &WorkFolder) -> Result<PathBuf> {
     image(work, "ipxe", "boot/ipxe.lkrn")
+}
+
+/// OVMF, UEFI firmware for QEMU's PC, with its variables in one image.
+///
+/// # Errors
+/// As [`memtest`].
+pub(super) fn ovmf(work: &WorkFolder) -> Result<PathBuf> {
+    image(work, "ovmf", "usr/share/ovmf/OVMF.fd")
+}
+
+/// Debian's Linux 6.1 for 64-bit machines of any kind, compressed: an EFI program too.
+///
+/// # Errors
+/// The archive does not answer or has not got it.
+pub(super) fn generic(work: &WorkFolder) -> Result<PathBuf> {
+    let folder = work.once("guest-linux-generic-1", |dir| {
+        progress("fetching Debian's generic kernel (71 MB)");
+        let archive = Archive::machine();
+        let names = releases(&archive.names(GENERIC.0)?, GENERIC.1);
+        let name = names.last().context("the archive has no such Linux")?;
+        let release = name.trim_start_matches("linux-image-");
+        let release = release.trim_end_matches("-unsigned");
+        let scratch = dir.join("scratch");
+        packages::unpack(&archive.fetch(work, &[name])?, &scratch)?;
+        fs::rename(
+            scratch.join(format!("boot/vmlinuz-{release}")),
+            dir.join("vmlinuz"),
+        )?;
+        Ok(fs::remove_dir_all(scratch)?)
+    })?;
+    Ok(folder.join("vmlinuz"))
 }
 
 /// A file of a package.
@@ -119,6 +154,6 @@ mod tests {
             "linux-image-6.1.0-9-686-pae-unsigned",
             "linux-image-6.1.0-50-686-pae-unsigned",
         ];
-        assert_eq!(releases(&names), expected);
+        assert_eq!(releases(&names, LINUX.1), expected);
     }
 }

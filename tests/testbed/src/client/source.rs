@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::command;
 
@@ -138,36 +138,6 @@ fn from_stanzas(text: &str) -> String {
         out.push('\n');
     }
     out
-}
-
-/// Unpacks, from the tarball in a package such as linux-source-6.1, only what `patterns` match.
-/// The tarball's top folder becomes `into`.
-///
-/// # Errors
-/// There is no tarball in the package, or tar fails.
-pub(super) fn unpack_part(
-    package: &Path,
-    tarball: &str,
-    patterns: &[String],
-    scratch: &Path,
-    into: &Path,
-) -> Result<()> {
-    crate::packages::unpack(&[package.to_owned()], scratch)?;
-    let path = scratch.join(tarball);
-    if !path.is_file() {
-        bail!("{} has no {tarball}", package.display());
-    }
-    fs::create_dir_all(into)?;
-    let mut tar = Command::new("tar");
-    // Debian's tarballs are compressed in blocks: two threads halve the time.
-    tar.args([
-        "--use-compress-program",
-        "xz -T2",
-        "--strip-components=1",
-        "--wildcards",
-    ]);
-    tar.arg("-xf").arg(path).arg("-C").arg(into).args(patterns);
-    command::output(&mut tar).map(drop)
 }
 
 #[cfg(test)]

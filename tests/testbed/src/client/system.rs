@@ -1,5 +1,6 @@
 //! What can be booted in the virtual machine: three Linux kernels of Debian's and a small one, with our
-//! /init; GNU Mach with our first task; and two programs that need no system at all.
+//! /init; a fourth, started by UEFI firmware; GNU Mach with our first task; and two programs that need
+//! no system at all.
 
 use std::path::PathBuf;
 
@@ -30,6 +31,8 @@ pub enum System {
     /// The boot loader iPXE, of Debian's package: 32-bit code that calls the firmware in real mode for
     /// each key and letter.
     Ipxe,
+    /// UEFI firmware, OVMF, which starts Debian's generic Linux 6.1 as an EFI program.
+    Ovmf,
 }
 
 /// How a run of a guest ends.
@@ -56,6 +59,7 @@ impl System {
         Self::Mach,
         Self::Memtest,
         Self::Ipxe,
+        Self::Ovmf,
     ];
 
     /// What the command line calls it.
@@ -69,6 +73,7 @@ impl System {
             Self::Mach => "gnumach",
             Self::Memtest => "memtest86+",
             Self::Ipxe => "ipxe",
+            Self::Ovmf => "ovmf",
         }
     }
 
@@ -93,7 +98,7 @@ impl System {
     /// The board it runs on quickest; the small one has not all that others need.
     #[must_use]
     pub fn machine(self) -> Machine {
-        if self.is_linux() {
+        if self.is_linux() && self != Self::Ovmf {
             Machine::Microvm
         } else {
             Machine::Pc
@@ -125,7 +130,7 @@ impl System {
         match self {
             Self::Tiny => 64,
             Self::Debian6_1 | Self::DebianI386 => 192,
-            Self::Debian6_12 => 256,
+            Self::Debian6_12 | Self::Ovmf => 256,
             Self::Mach | Self::Ipxe => 32,
             Self::Memtest => 16,
         }
@@ -136,7 +141,7 @@ impl System {
     #[must_use]
     pub fn host_memory_mb(self) -> u32 {
         match self {
-            Self::Debian6_1 | Self::Debian6_12 => 1024,
+            Self::Debian6_1 | Self::Debian6_12 | Self::Ovmf => 1024,
             _ => 512,
         }
     }
@@ -153,12 +158,17 @@ impl System {
     pub(super) fn initrd(self, tiny: &str) -> Option<String> {
         match self {
             Self::Tiny => Some(format!("{FOLDER}/{tiny}")),
-            Self::Debian6_1 | Self::Debian6_12 | Self::DebianI386 => {
+            Self::Debian6_1 | Self::Debian6_12 | Self::DebianI386 | Self::Ovmf => {
                 Some(format!("{FOLDER}/guest-initramfs"))
             }
             Self::Mach => Some(format!("{FOLDER}/task $(task-create) $(task-resume)")),
             Self::Memtest | Self::Ipxe => None,
         }
+    }
+
+    /// A firmware image of its own, in place of the board's.
+    pub(super) fn firmware(self) -> Option<String> {
+        (self == Self::Ovmf).then(|| format!("{FOLDER}/ovmf"))
     }
 
     pub(super) fn end(self) -> End {
@@ -201,6 +211,13 @@ impl System {
                 Ok(self.files(kernel, Some(guest_init::ensure_task(work)?)))
             }
             Self::Memtest => Ok(self.files(foreign::memtest(work)?, None)),
+            Self::Ovmf => {
+                let (kernel, init) = (foreign::generic(work)?, guest_init::ensure(work)?);
+                let mut files = self.files(kernel, Some(init));
+                let firmware = foreign::ovmf(work)?;
+                files.0.extend(self.firmware().map(|name| (name, firmware)));
+                Ok(files)
+            }
             Self::Ipxe => Ok(self.files(foreign::ipxe(work)?, None)),
         }
     }
