@@ -85,7 +85,11 @@ impl<H: Host> Hypervisor<H> {
             AtomicBool::new(false),
             AtomicBool::new(false),
         );
+        let counters = AtomicBool::new(caps.counters != caps::Counters::default());
         host.run_on_all(&|| {
+            if counters.load(Ordering::SeqCst) && !caps.counters.are_real(host.cpu()) {
+                counters.store(false, Ordering::SeqCst);
+            }
             if let Err(why) = caps::examine(host.cpu()) {
                 any.store(true, Ordering::SeqCst);
                 for_good.fetch_or(why.is_unsupported(), Ordering::SeqCst);
@@ -97,6 +101,9 @@ impl<H: Host> Hypervisor<H> {
                 for_good: for_good.into_inner(),
                 nx: nx.into_inner(),
             });
+        }
+        if !counters.into_inner() {
+            caps.counters = caps::Counters::default();
         }
         Ok(caps)
     }

@@ -99,7 +99,7 @@ impl Processor {
         if !self.msrs.contains_key(&number) {
             return false;
         }
-        if let Some(done) = self.write_counter_msr(number, value) {
+        if let Some(done) = self.write_counter_msr(number, value, profile.keeps_counts) {
             return done;
         }
         let Some(slot) = self.msrs.get_mut(&number) else {

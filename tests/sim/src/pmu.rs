@@ -111,8 +111,13 @@ impl Processor {
     }
 
     /// WRMSR of a register of the counters that exists; `None`: it is none of
-    /// them. `Some(false)`: #GP.
-    pub(crate) fn write_counter_msr(&mut self, register: u32, value: u64) -> Option<bool> {
+    /// them. `Some(false)`: #GP. `kept`: it has an effect.
+    pub(crate) fn write_counter_msr(
+        &mut self,
+        register: u32,
+        value: u64,
+        kept: bool,
+    ) -> Option<bool> {
         let full = IA32_A_PMC0..IA32_A_PMC0 + COUNTERS;
         let (register, value, fits) = match register {
             // 20.2.8 "Full-Width Writes to Performance Counter Registers".
@@ -131,7 +136,7 @@ impl Processor {
             }
             _ => return None,
         };
-        if fits {
+        if fits && kept {
             self.msrs.insert(register, value);
         }
         Some(fits)

@@ -41,6 +41,8 @@ pub struct Profile {
     pub host_cr4: u64,
     /// XCR0 bits that XSETBV accepts.
     pub xcr0_supported: u64,
+    /// Performance counters that CPUID shows are there.
+    pub keeps_counts: bool,
     pub(crate) components: Vec<Component>,
 }
 
@@ -187,6 +189,7 @@ impl Profile {
             linear_bits: 48,
             host_cr4: 0x17_06e0,
             xcr0_supported: 7,
+            keeps_counts: true,
             components: vec![Component {
                 bit: 2,
                 offset: 576,
@@ -480,6 +483,17 @@ impl Profile {
         self.msrs.insert(msr::IA32_PERF_CAPABILITIES, 0x11c3);
         let full = msr::IA32_A_PMC0..msr::IA32_A_PMC0 + 4;
         self.msrs.retain(|number, _| !full.contains(number));
+        self
+    }
+
+    /// CPUID shows counters, and what is written to them is lost, as in some emulators.
+    #[must_use]
+    pub fn with_counters_for_show(mut self) -> Self {
+        for n in 0..4 {
+            self.msrs.insert(msr::IA32_PMC0 + n, 0);
+            self.msrs.insert(msr::IA32_PERFEVTSEL0 + n, 0);
+        }
+        self.keeps_counts = false;
         self
     }
 

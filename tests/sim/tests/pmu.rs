@@ -334,6 +334,7 @@ fn counters_are_offered_where_they_can_be_switched() {
         (Profile::haswell().with_counters(1), 0),
         (Profile::haswell().with_counters(0), 0),
         (Profile::haswell().without_counter_switching(), 0),
+        (Profile::haswell().with_counters_for_show(), 0),
     ] {
         let client = on(profile);
         assert_eq!(leaf_a(&client).eax, eax);

@@ -67,4 +67,37 @@ impl Counters {
         let [_, _, width, _] = self.leaf.eax.to_le_bytes();
         !(!0u64).checked_shl(width.into()).unwrap_or(0)
     }
+
+    /// Some emulators and hypervisors show the leaf without the counters: what is
+    /// written to one must be read back. Asked of this processor's first counter, and
+    /// only while it stands still and holds nothing to lose; one that the host uses is
+    /// real. Interrupts are off.
+    pub fn are_real(&self, cpu: &impl Cpu) -> bool {
+        /// Any value of bits 30:0, which WRMSR of IA32_PMCx writes as they are.
+        const PATTERN: u64 = 0x5a5a_a5a5;
+        let read = |register| {
+            // SAFETY: `examine` found version 2 and a counter.
+            #[expect(unsafe_code)]
+            // UNSAFETY: RDMSR of the first counter's registers.
+            unsafe {
+                cpu.rdmsr(register)
+            }
+        };
+        let write = |value| {
+            // SAFETY: as above; the value has 31 bits.
+            #[expect(unsafe_code)]
+            // UNSAFETY: WRMSR of the first counter.
+            unsafe {
+                cpu.wrmsr(msr::IA32_PMC0, value);
+            }
+        };
+        let before = read(msr::IA32_PMC0);
+        if read(msr::IA32_PERFEVTSEL0) & pmu::EventSelect::ENABLE.bits() != 0 || before >> 31 != 0 {
+            return true;
+        }
+        write(PATTERN);
+        let kept = read(msr::IA32_PMC0) == PATTERN;
+        write(before);
+        kept
+    }
 }
