@@ -143,8 +143,9 @@ fn large_page_split_and_collapsed() -> Outcome {
 }
 
 /// One page of each large one is ROM for a while. The guest then touches none but pages that had small leaves all the
-/// time, and gets the large ones again.
+/// time, and gets the large ones again. (What is pinned in pieces by parted slots stays in pieces.)
 fn large_again_after_rom() -> Outcome {
+    borrowed_only!();
     let _setting = large_pages()?;
     let host = Swept::buffer()?;
     host.region.advise(0, BUFFER, libc::MADV_HUGEPAGE)?;
