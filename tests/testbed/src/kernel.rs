@@ -60,6 +60,19 @@ impl Flavour {
         self == Flavour::Debug
     }
 
+    /// What its command line ends with on a PC of so many processors.
+    ///
+    /// A store to the monitored line ends MWAIT (SDM 9.10.4 "MONITOR/MWAIT Instruction"), but Bochs 3.0 misses some: its
+    /// MONITOR drops TLB entries as if the physical address were the linear one, so a processor with an entry for the
+    /// page writes on unseen. This kernel then sleeps for minutes with work to do; one in HLT is woken by interrupt.
+    pub(crate) fn arguments(self, cpus: u32) -> &'static str {
+        if self.is_watching() && cpus > 1 {
+            " idle=halt"
+        } else {
+            ""
+        }
+    }
+
     /// The flavour with this series.
     ///
     /// # Errors
@@ -287,6 +300,13 @@ fn collect_modules(dir: &Path, into: &mut Vec<PathBuf>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kernel_that_watches_itself_halts_several_processors() {
+        assert_eq!(Flavour::Debug.arguments(2), " idle=halt");
+        assert_eq!(Flavour::Debug.arguments(1), "");
+        assert_eq!(Flavour::Cloud6_1.arguments(2), "");
+    }
 
     #[test]
     fn dependencies_of_a_module_are_read() {

@@ -317,8 +317,9 @@ impl Pc {
 
     fn command_line(&self) -> String {
         format!(
-            "{COMMAND_LINE} initcall_blacklist={}{}",
+            "{COMMAND_LINE} initcall_blacklist={}{}{}",
             LEFT_OUT.join(","),
+            self.flavour.arguments(self.cpus),
             self.append
         )
     }
