@@ -374,7 +374,8 @@ pub fn differs_by_maker(insn: &Insn) -> bool {
         && insn.memory().is_some_and(|mem| mem.size == 4);
     // Where a masked operand passes the end of a segment.
     let masked = insn.mode != Mode::Bits64 && (insn.op == Op::VecMasked || insn.mask.is_some());
-    !is_intel() && (segment || short || outside || masked)
+    let moves = matches!(insn.op, Op::VecInsert | Op::VecExtract | Op::VecBroadcast);
+    outside || (masked && moves) || (!is_intel() && (segment || short || masked))
 }
 
 pub fn is_intel() -> bool {
