@@ -268,7 +268,7 @@ fn inherited_by_a_child() -> Outcome {
 }
 
 /// Kilobytes of memory the kernel has for itself: what /proc/meminfo calls slab and page tables, and free.
-fn free_kilobytes() -> anyhow::Result<i64> {
+pub(super) fn free_kilobytes() -> anyhow::Result<i64> {
     // Freed things that wait for a grace period are freed first.
     std::thread::sleep(std::time::Duration::from_millis(60));
     let text = std::fs::read_to_string("/proc/meminfo")?;
