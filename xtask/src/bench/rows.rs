@@ -136,12 +136,12 @@ const GUEST: &[Row] = &[
 const MEMORY: &[Row] = &[
     row(
         "host_fault",
-        "the kernel's own page fault in a process, mean of 1024",
+        "the kernel's own page fault in a process, mean of 1024 in the quietest of 5 passes",
     )
     .mean(),
     row(
         "touch_first",
-        "first touch of a 4 KB page, mean of 1024 in a row",
+        "first touch of a 4 KB page, the same mean, in a row",
     )
     .mean()
     .ratio(0.5)
@@ -153,7 +153,7 @@ const MEMORY: &[Row] = &[
         .drawn(),
     row(
         "touch_host_4k",
-        "touch of a 4 KB page the host has, 4 KB backing, mean of 1024",
+        "touch of a 4 KB page the host has, 4 KB backing, the same mean",
     )
     .mean()
     .ratio(0.5)
@@ -165,7 +165,7 @@ const MEMORY: &[Row] = &[
         .held(),
     row(
         "touch_host_2m",
-        "touch of a 4 KB page, 2 MB backing, mean of 1024 pages",
+        "touch of a 4 KB page, 2 MB backing, the same mean",
     )
     .mean()
     .most(20),
