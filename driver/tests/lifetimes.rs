@@ -146,6 +146,10 @@ fn a_vm_nobody_opened_gives_its_id_back_when_its_owner_has_ended() {
         assert_eq!(left(&client), [0, 1, 3]);
         assert!(!client.world.state().nodes.contains("vm2"));
         assert_eq!(client.create_vm(), 2);
+        // The one that was opened stays, for whoever the handle was handed to.
+        client.world.state().process = OWNER + 1;
+        assert!(client.world.state().nodes.contains("vm1"));
+        assert_eq!(client.create_vcpu(&opened, 0), 0);
         client.end(vec![opened]);
     }
 }
