@@ -24,6 +24,7 @@ const HELP: &str = "usage: cargo xtask mutants [OPTIONS] [NAME...]
 Breaks the code in one place at a time and demands that the named tests fail. NAME: those whose name contains it.
   --host     only what host tests are to catch
   --guest    only what conformance cases are to catch
+  --build    only build the module with all the breaks in it
   --list     print the list, which is checked first, and do nothing
   --cases    print the conformance cases that no break has been seen to fail";
 
@@ -32,6 +33,7 @@ Breaks the code in one place at a time and demands that the named tests fail. NA
 struct Options {
     host: bool,
     guest: bool,
+    build: bool,
     list: bool,
     cases: bool,
     names: Vec<String>,
@@ -48,6 +50,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
             }
             "--host" => options.host = true,
             "--guest" => options.guest = true,
+            "--build" => options.build = true,
             "--list" => options.list = true,
             "--cases" => options.cases = true,
             word if !word.starts_with('-') => options.names.push(word.to_owned()),
@@ -73,8 +76,12 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
         println!("{} breaks", chosen.len());
         return Ok(ExitCode::SUCCESS);
     }
-    let mut results = Results::new(&mutants);
     let copy = copy::Copy::new(&files)?;
+    if options.build {
+        guest::build(&copy, &mutants)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut results = Results::new(&mutants);
     if both || options.host {
         host::run(&copy, &mutants, &chosen, &mut results)?;
     }

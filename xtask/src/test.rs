@@ -1,7 +1,7 @@
 //! `cargo xtask test`: everything that must hold, on this machine and on the emulated PC.
 //!
-//! Stages, each counted: the lints; the host tests; the driver's own tests on the emulated PC, with
-//! one processor and with two; machines that may not run guests; and whole guests under QEMU.
+//! Stages, each counted: the lints; the host tests, also with the code broken; the driver's own tests on the emulated
+//! PC, with one processor and with two; machines that may not run guests; and whole guests under QEMU.
 
 use std::process::{Command, ExitCode};
 use std::time::Instant;
@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use testbed::folder::workspace_root;
 use testbed::{Flavour, Outcome, Pc, cpu, firmware};
 
-use crate::{bench, conformance, guests, lint, setup};
+use crate::{bench, conformance, guests, lint, mutants, setup};
 
 const HELP: &str = "usage: cargo xtask test [--host]
 Runs the lints, the host tests, and the driver's tests on the emulated PC.
@@ -40,6 +40,10 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     stages.push((
         "host tests, guest RAM pinned".into(),
         Box::new(pinned_host_tests),
+    ));
+    stages.push((
+        "host tests, the code broken on purpose".into(),
+        Box::new(|| broken("--host")),
     ));
     if !host_only {
         parts = setup::everything(Flavour::Cloud6_1)?;
@@ -114,6 +118,13 @@ fn pinned_host_tests() -> Result<()> {
     Ok(())
 }
 
+/// What is listed in `tests/mutants`: all of it takes a quarter of an hour, and is for `cargo xtask mutants`.
+fn broken(word: &str) -> Result<()> {
+    let code = mutants::run(&[word.to_owned()])?;
+    ensure!(code == ExitCode::SUCCESS, "a break has survived");
+    Ok(())
+}
+
 /// The stages on the emulated PC.
 fn emulated<'a>(parts: &'a setup::Parts, newer: &'a setup::Parts, stages: &mut Vec<Stage<'a>>) {
     for cpus in [1, 2] {
@@ -156,6 +167,10 @@ fn emulated<'a>(parts: &'a setup::Parts, newer: &'a setup::Parts, stages: &mut V
                 .run(&mut std::io::stdout())?;
             verdict(&outcome, outcome.success())
         }),
+    ));
+    stages.push((
+        "the module with all breaks builds".into(),
+        Box::new(|| broken("--build")),
     ));
     stages.push(("a page of 1 GB".into(), Box::new(move || huge_page(parts))));
     for refusal in REFUSALS {

@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -62,8 +62,7 @@ pub(super) fn run(
     let (rebuilt, switched): (Vec<&Mutant>, Vec<&Mutant>) =
         of_guest.iter().partition(|m| m.rebuild);
     if !switched.is_empty() {
-        copy.write(mutants, None)?;
-        let module = build(copy)?;
+        let module = build(copy, mutants)?;
         let numbers = |m: &&Mutant| number_of(mutants, m);
         for cpus in 1..=8 {
             let some: Vec<&Mutant> = switched
@@ -76,14 +75,23 @@ pub(super) fn run(
     }
     for mutant in rebuilt {
         copy.write(mutants, Some(mutant))?;
-        let module = build(copy)?;
+        let module = module_of(copy)?;
         // Unbroken it is not there to be compared with; nothing else runs in this boot.
         boots(&module, &client, &[mutant], &|_| 0, results)?;
     }
     Ok(())
 }
 
-fn build(copy: &Copy) -> Result<std::path::PathBuf> {
+/// The module with all the breaks in it that can be switched.
+///
+/// # Errors
+/// One of them does not build.
+pub(super) fn build(copy: &Copy, mutants: &Mutants) -> Result<PathBuf> {
+    copy.write(mutants, None)?;
+    module_of(copy)
+}
+
+fn module_of(copy: &Copy) -> Result<PathBuf> {
     println!("mutants: building the module");
     let module = module::build_broken(copy.root(), Flavour::default().series())?;
     conformance::stripped(&module)
