@@ -125,6 +125,13 @@ void haxm_os_guest_left(void)
 #endif
 }
 
+/* The scheduler counts a switch in the thread that it takes the processor from. */
+u64 haxm_os_thread_turn(void)
+{
+	return (u64)task_pid_nr(current) << 32 |
+	       (u32)(current->nvcsw + current->nivcsw);
+}
+
 /* The guest spins on something that another of its processors holds. */
 void haxm_os_yield(void)
 {

@@ -61,6 +61,7 @@ u32 haxm_os_in_vmx_operation(void);
 u32 haxm_os_mitigations(void);
 void haxm_os_guest_left(void);
 u32 haxm_os_event_pending(void);
+u64 haxm_os_thread_turn(void);
 void haxm_os_yield(void);
 int haxm_os_guest_begin(void);
 void haxm_os_guest_end(void);

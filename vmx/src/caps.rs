@@ -147,8 +147,6 @@ pub struct Caps {
     pub cr4_fixed0: u64,
     /// CR4 bits that may be 1 in VMX operation.
     pub cr4_fixed1: u64,
-    /// IBPB exists: IA32_PRED_CMD bit 0, CPUID.7.0:EDX\[26\].
-    pub has_ibpb: bool,
     /// What the processor gives away, and how that is held back.
     pub speculation: Speculation,
     /// Performance counters for guests.
@@ -400,7 +398,6 @@ pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
         cr0_fixed1: read(msr::IA32_VMX_CR0_FIXED1),
         cr4_fixed0: read(msr::IA32_VMX_CR4_FIXED0),
         cr4_fixed1: read(msr::IA32_VMX_CR4_FIXED1),
-        has_ibpb: cpu.cpuid(0, 0).eax >= 7 && cpu.cpuid(7, 0).edx & (1 << 26) != 0,
         speculation: Speculation::examine(cpu),
         counters: Counters::examine(cpu, switches_counters),
         has_xsaves,

@@ -174,6 +174,10 @@ pub unsafe trait Host: Clone + Send + Sync + 'static {
         false
     }
 
+    /// A number that differs from all earlier ones once this thread has given the
+    /// processor to another, and between threads. Interrupts are off.
+    fn thread_turn(&self) -> u64;
+
     /// Lets another thread have the processor for a while. May sleep.
     fn yield_now(&self);
 

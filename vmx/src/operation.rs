@@ -44,6 +44,9 @@ struct PerCpu<H: Host> {
     ours: AtomicBool,
     /// The VMCS of ours that is current here; 0 if none is.
     current: AtomicU64,
+    /// The last VMCS that was here for one loan only, and whose turn it was
+    /// ([`Host::thread_turn`]).
+    visitor: [AtomicU64; 2],
 }
 
 /// Where one VMCS is active.
@@ -63,7 +66,7 @@ pub struct Operation<H: Host> {
     cpus: Vec<PerCpu<H>>,
     active: Vec<Active>,
     /// See [`Operation::forget_branches`].
-    has_ibpb: bool,
+    parts_guests: bool,
     /// Some VM exists: processors that come online enter VMX operation.
     wanted: AtomicBool,
     /// Between [`Operation::suspend`] and [`Operation::resume`].
@@ -100,6 +103,7 @@ impl<H: Host> Operation<H> {
                 region,
                 ours: AtomicBool::new(false),
                 current: AtomicU64::new(0),
+                visitor: [const { AtomicU64::new(0) }; 2],
             })?;
         }
         let mut active = Vec::new();
@@ -114,7 +118,7 @@ impl<H: Host> Operation<H> {
             host: host.clone(),
             cpus,
             active,
-            has_ibpb: caps.has_ibpb,
+            parts_guests: caps.speculation.parts_guests,
             wanted: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
             has_vpid: caps.has_vpid(),
@@ -364,7 +368,7 @@ impl<H: Host> Operation<H> {
         // SAFETY: in VMX operation; a reserved VMCS, not active on another processor.
         unsafe { self.host.cpu().vmptrld(Hpa(vmcs)) }.map_err(|_| NotLoaded::Refused)?;
         here.current.store(vmcs, Ordering::SeqCst);
-        self.forget_branches();
+        self.forget_branches(true);
         Ok(())
     }
 
@@ -425,10 +429,10 @@ impl<H: Host> Operation<H> {
         })
     }
 
-    /// Another guest than the last one is about to run here: it must not steer
-    /// predictions with what that one left. SDM vol. 4, table 2-2, IA32_PRED_CMD.
-    fn forget_branches(&self) {
-        if self.has_ibpb {
+    /// Another guest than the last one is about to run here, or may be: its predictions must
+    /// not be steered by what that one left. SDM vol. 4, table 2-2, IA32_PRED_CMD.
+    fn forget_branches(&self, another: bool) {
+        if another && self.parts_guests {
             // SAFETY: the register exists, and the write only costs time.
             unsafe { self.host.cpu().wrmsr(msr::IA32_PRED_CMD, 1) };
         }
@@ -471,12 +475,24 @@ impl<H: Host> Operation<H> {
         // SAFETY: as above.
         unsafe { cpu.vmptrld(Hpa(vmcs)) }.map_err(|_| NotLoaded::Refused)?;
         loan.moved = active.last.swap(number, Ordering::Relaxed) != number;
-        self.forget_branches();
+        let same = Self::was_here(here, vmcs, self.host.thread_turn());
+        self.forget_branches(!same || loan.moved);
         if lasts {
             here.current.store(vmcs, Ordering::SeqCst);
             active.cpu.store(number, Ordering::SeqCst);
         }
         Ok(loan)
+    }
+
+    /// The last guest that ran here is the one of this VMCS: the last loan was its, and
+    /// another hypervisor's guest has a thread of its own, which would have ended
+    /// the turn of this one. (Of a page that became another VMCS since, the loan
+    /// is moved.)
+    fn was_here(here: &PerCpu<H>, vmcs: u64, turn: u64) -> bool {
+        let [visitor, turns] = &here.visitor;
+        let same_vmcs = visitor.swap(vmcs, Ordering::Relaxed) == vmcs;
+        let same_turn = turns.swap(turn, Ordering::Relaxed) == turn;
+        same_vmcs && same_turn
     }
 }
 
@@ -541,6 +557,9 @@ impl<H: Host> Drop for Loan<'_, H> {
         if let Some(theirs) = borrowed.theirs {
             // SAFETY: it was current here when we came.
             let _ = unsafe { cpu.vmptrld(theirs) };
+            // The other hypervisor will find it current, and see no other guest
+            // between its own.
+            self.operation.forget_branches(true);
         }
     }
 }

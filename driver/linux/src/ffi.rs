@@ -39,6 +39,7 @@ unsafe extern "C" {
     pub(crate) safe fn haxm_os_mitigations() -> u32;
     pub(crate) safe fn haxm_os_guest_left();
     pub(crate) safe fn haxm_os_event_pending() -> u32;
+    pub(crate) safe fn haxm_os_thread_turn() -> u64;
     pub(crate) safe fn haxm_os_yield();
     /// The processor's number, or negative: an event is pending, and nothing was taken.
     pub(crate) safe fn haxm_os_guest_begin() -> c_int;

@@ -147,6 +147,10 @@ unsafe impl Host for Linux {
         ffi::haxm_os_hears_signals() != 0
     }
 
+    fn thread_turn(&self) -> u64 {
+        ffi::haxm_os_thread_turn()
+    }
+
     fn yield_now(&self) {
         ffi::haxm_os_yield();
     }

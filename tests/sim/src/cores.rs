@@ -220,6 +220,7 @@ impl Cores {
         });
         let mut state = inner.state();
         state.cpus[cpu].pin();
+        state.take_turn(cpu, me);
     }
 
     /// Gives the processor up, if nothing keeps this thread on it.

@@ -120,6 +120,9 @@ impl Processor {
             return true;
         }
         *slot = value;
+        if number == msr::IA32_PRED_CMD {
+            self.predictor.forget();
+        }
         true
     }
 }
@@ -152,6 +155,7 @@ impl Cpu for SimCpu {
     unsafe fn wrmsr(&self, number: u32, value: u64) {
         self.with_pinned("WRMSR", |profile, state, cpu| {
             state.counts.wrmsr += 1;
+            state.counts.forgot_branches += u64::from(number == msr::IA32_PRED_CMD);
             if !state.cpus[cpu].write_msr(profile, number, value) {
                 state.finding(format!("host #GP: WRMSR {number:#x} = {value:#x}"));
             }

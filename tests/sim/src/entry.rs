@@ -4,6 +4,7 @@
 
 use vmx::arch::msr;
 use vmx::cpu::{GuestRegs, VmxFailure};
+use vmx::host::Mitigations;
 
 use crate::check::{Verdict, load_msrs};
 use crate::cores::thread_id;
@@ -52,6 +53,9 @@ pub(crate) fn enter(
         begin(&mut state, p, cpu, launched)?
     };
     if let Some((vmcs, injected)) = entered {
+        if inner.wanted() != Mitigations::Off {
+            inner.state().train(cpu, vmcs);
+        }
         let exit = run(inner, cpu, vmcs, regs, injected);
         finish(inner, cpu, vmcs, &exit);
     }

@@ -99,6 +99,7 @@ unsafe impl Host for SimHost {
         if state.memory.pointer(physical >> 12) != Some(page.address.as_ptr()) {
             state.finding(format!("free_page of {physical:#x} with another address"));
         }
+        state.forget_guest(physical);
         if let Some(vmcs) = state.vmcss.remove(&physical) {
             if let Some(cpu) = vmcs.active_on {
                 state.finding(format!(
@@ -243,7 +244,7 @@ unsafe impl Host for SimHost {
     }
 
     fn mitigations(&self) -> Mitigations {
-        *self.inner().mitigations.lock().unwrap()
+        self.inner().wanted()
     }
 
     fn guest_left(&self) {
@@ -253,6 +254,16 @@ unsafe impl Host for SimHost {
             self.inner().finding("guest_left with interrupts on");
         }
         self.inner().state().cpus[cpu].tr_limit = TR_LIMIT;
+    }
+
+    fn thread_turn(&self) -> u64 {
+        let _inside = fault::inside();
+        if thread(|t| t.masked.get() == 0) {
+            self.inner().finding("thread_turn with interrupts on");
+        }
+        let cpu = self.inner().cores.current();
+        let predictor = &self.inner().state().cpus[cpu].predictor;
+        predictor.thread << 32 | predictor.turns
     }
 
     fn yield_now(&self) {

@@ -24,6 +24,7 @@ mod lock;
 mod machine;
 mod memory;
 mod pmu;
+mod predictor;
 mod profile;
 pub mod rig;
 mod step;

@@ -14,6 +14,7 @@ use crate::ept::Tlb;
 use crate::extended::Extended;
 use crate::memory::{Memory, Owner};
 use crate::pmu::Watch;
+use crate::predictor::Predictor;
 use crate::profile::Profile;
 use crate::step::{Scripts, Step};
 use crate::user::Process;
@@ -50,6 +51,8 @@ pub struct Counts {
     pub cleared_buffers: u64,
     pub filled_returns: u64,
     pub flushed_l1d: u64,
+    /// IBPBs of the host's.
+    pub forgot_branches: u64,
     /// Exits by basic reason.
     pub exits: BTreeMap<u16, u64>,
 }
@@ -118,6 +121,7 @@ pub(crate) struct Processor {
     pub(crate) at_pin: Option<HostRegisters>,
     /// Its performance counters.
     pub(crate) watch: Watch,
+    pub(crate) predictor: Predictor,
 }
 
 /// The host registers that must be the same when preemption is possible again.
@@ -194,6 +198,7 @@ impl Processor {
             host_extended: None,
             at_pin: None,
             watch: Watch::default(),
+            predictor: Predictor::default(),
         }
     }
 
@@ -322,6 +327,14 @@ impl Inner {
     pub(crate) fn finding(&self, text: impl Into<String>) {
         self.state().finding(text);
     }
+
+    /// What is to be done against speculation.
+    pub(crate) fn wanted(&self) -> Mitigations {
+        *self
+            .mitigations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for Inner {
@@ -412,6 +425,12 @@ impl Machine {
     #[must_use]
     pub fn pins_user_memory(&self) -> bool {
         self.0.pins.load(Ordering::SeqCst)
+    }
+
+    /// Pages that the code under test gives back it gets again, the lowest first, as long
+    /// as there are some. Writes after free go unseen then.
+    pub fn reuse_pages(&self) {
+        self.0.state().memory.reuse();
     }
 
     /// Frames of user memory that are pinned.
@@ -620,6 +639,15 @@ impl Machine {
             entry.foreign = true;
             entry.active_on = Some(number);
         }
+    }
+
+    /// The other hypervisor's thread gets a processor and runs its guest there. Its VMCS is
+    /// still current, so it executes no IBPB.
+    pub fn run_foreign_guest(&self, cpu: usize) {
+        let mut state = self.0.state();
+        state.take_turn(cpu, 0);
+        let vmcs = state.cpus[cpu].current.unwrap_or(0);
+        state.train(cpu, vmcs);
     }
 
     /// A VMCS field of a VMCS region, for tests that look behind the code.

@@ -1,11 +1,12 @@
 //! Physical memory: real memory of this process behind made-up physical
 //! addresses, with a record of who owns each page. Freed pages are poisoned
-//! and kept until the machine goes, so a late write is seen.
+//! and kept until the machine goes, so a late write is seen; unless a test wants them
+//! used again ([`Memory::reuse`]).
 // UNSAFETY: hands out and writes raw memory, as physical memory is.
 #![expect(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const PAGE: usize = 4096;
@@ -42,12 +43,34 @@ unsafe impl Send for Block {}
 pub(crate) struct Memory {
     blocks: BTreeMap<u64, Block>,
     next: u64,
+    /// Single pages of the kernel's that were given back, if they are to be used again.
+    freed: Option<BTreeSet<u64>>,
 }
 
 impl Memory {
+    /// From now on pages that were given back are used again, the lowest first.
+    pub(crate) fn reuse(&mut self) {
+        self.freed.get_or_insert_default();
+    }
+
+    fn take_freed(&mut self) -> Option<u64> {
+        let frame = self.freed.as_mut()?.pop_first()?;
+        let block = self.blocks.get_mut(&frame)?;
+        block.live.fill(true);
+        // SAFETY: the page lies in the block, which lives as long as `self`.
+        unsafe { block.memory.write_bytes(0, PAGE) };
+        Some(frame)
+    }
+
     /// Pages in a run of their own, zeroed, aligned to their size. Returns the
     /// first frame.
     pub(crate) fn allocate(&mut self, pages: u64, owner: Owner) -> u64 {
+        if let Some(frame) = (pages == 1 && owner == Owner::Kernel)
+            .then(|| self.take_freed())
+            .flatten()
+        {
+            return frame;
+        }
         let pages_usize = usize::try_from(pages).expect("a run fits in memory");
         // 2 MB and 1 GB runs need only page alignment in this process.
         let layout = Layout::from_size_align(pages_usize * PAGE, PAGE).expect("a valid layout");
@@ -57,7 +80,7 @@ impl Memory {
             !memory.is_null(),
             "the machine that runs the tests is out of memory"
         );
-        // Numbers are never used twice, and a gap follows each run.
+        // A gap follows each run.
         let frame = self
             .next
             .max(0x10_0000)
@@ -118,6 +141,9 @@ impl Memory {
         let page = block.memory.wrapping_add(index * PAGE);
         // SAFETY: the page lies in the block, which lives as long as `self`.
         unsafe { page.write_bytes(POISON, PAGE) };
+        if let Some(freed) = self.freed.as_mut().filter(|_| block.owner == Owner::Kernel) {
+            freed.insert(frame);
+        }
         true
     }
 

@@ -34,6 +34,9 @@ pub struct Speculation {
     pub arch_capabilities: Option<u64>,
     /// What each entry has to do: bits of [`how`].
     pub how: u64,
+    /// Another guest than the last gets a processor by an IBPB: IA32_PRED_CMD
+    /// bit 0, CPUID.7.0:EDX\[26\].
+    pub parts_guests: bool,
 }
 
 impl Speculation {
@@ -74,13 +77,17 @@ impl Speculation {
             has_flush,
             arch_capabilities: known.map(|bits| (bits & FOR_GUESTS) | cap::SKIP_L1DFL_VMENTRY),
             how,
+            parts_guests: has(26),
         }
     }
 
     /// Does what the host wants of it.
     pub fn settle(&mut self, wanted: Mitigations) {
         match wanted {
-            Mitigations::Off => self.how = 0,
+            Mitigations::Off => {
+                self.how = 0;
+                self.parts_guests = false;
+            }
             Mitigations::Needed => {}
             Mitigations::All => {
                 self.how |= how::CLEAR_BUFFERS | how::FILL_RETURNS;

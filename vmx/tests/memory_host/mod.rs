@@ -305,6 +305,9 @@ unsafe impl Host for FakeHost {
     unsafe fn set_vmxe(&self, _on: bool) {
         unimplemented!()
     }
+    fn thread_turn(&self) -> u64 {
+        unimplemented!()
+    }
     fn yield_now(&self) {
         std::thread::yield_now();
     }
