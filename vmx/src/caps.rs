@@ -12,6 +12,7 @@ pub use speculation::Speculation;
 use crate::arch::control::{Entry, Exit, Pin, Primary, Secondary};
 use crate::arch::ept::EptVpidCaps;
 use crate::arch::msr;
+use crate::arch::reg::{Cr4, Efer};
 use crate::arch::vmx_caps::{ControlCaps, VmxBasic};
 use crate::cpu::Cpu;
 use core::fmt;
@@ -27,6 +28,8 @@ pub enum Refusal {
     VmxLockedOff,
     /// IA32_EFER.NXE is 0: the host runs without NX.
     NxDisabled,
+    /// CR4.FRED is 1: the host's events go other ways than those known here.
+    Fred,
     /// A control that everything here depends on cannot be set so.
     Control {
         /// Which control word.
@@ -75,6 +78,7 @@ impl fmt::Display for Refusal {
                 f.write_str("VT-x is locked off by firmware (IA32_FEATURE_CONTROL)")
             }
             Self::NxDisabled => f.write_str("NX is disabled (IA32_EFER.NXE is 0)"),
+            Self::Fred => f.write_str("the host uses FRED (CR4.FRED is 1)"),
             Self::Control {
                 word,
                 missing,
@@ -300,8 +304,14 @@ pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
             cpu.rdmsr(register)
         }
     };
-    if read(msr::IA32_EFER) & crate::arch::reg::Efer::NXE.bits() == 0 {
+    if read(msr::IA32_EFER) & Efer::NXE.bits() == 0 {
         return Err(Refusal::NxDisabled);
+    }
+    // Intel document 346446, "Flexible Return and Event Delivery": SWAPGS is #UD, and INT n
+    // an event of a type of its own, so that INT 2 is no NMI to the host, nor
+    // INT 18 a machine check.
+    if Cr4::from_bits_retain(cpu.cr4()).contains(Cr4::FRED) {
+        return Err(Refusal::Fred);
     }
     // SDM 24.7 "Enabling and Entering VMX Operation": unlocked is fine, we lock it.
     let feature = read(msr::IA32_FEATURE_CONTROL);

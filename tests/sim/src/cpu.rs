@@ -286,9 +286,13 @@ impl Cpu for SimCpu {
                 p.user_selectors.fs = selectors.fs;
                 p.msrs.insert(msr::IA32_FS_BASE, 0xf5);
             }
+            let undefined = selectors.gs != 0 && p.cr4 & CR4_FRED != 0;
             if selectors.gs != 0 {
                 p.user_selectors.gs = selectors.gs;
                 p.msrs.insert(msr::IA32_KERNEL_GSBASE, 0x65);
+            }
+            if undefined {
+                state.finding("host #UD: SWAPGS with CR4.FRED");
             }
         });
     }
@@ -376,6 +380,9 @@ impl Cpu for SimCpu {
     unsafe fn raise_nmi(&self) {
         self.with_pinned("INT 2", |_, state, cpu| {
             state.counts.raise_nmi += 1;
+            if state.cpus[cpu].cr4 & CR4_FRED != 0 {
+                state.finding("INT 2 with CR4.FRED: the host takes it for a software interrupt");
+            }
             // Its handler takes every counter for the host's.
             if let Some(n) = state.cpus[cpu].lent_counter() {
                 state.finding(format!(

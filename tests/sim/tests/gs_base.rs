@@ -10,7 +10,6 @@ const KERNEL_GS_BASE: u32 = 0xc000_0102;
 const WIDE: u64 = 0x00ff_0000_0000_1000;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_FSGSBASE: u64 = 1 << 16;
-const CR4_FRED: u64 = 1 << 32;
 
 fn machine(change: impl FnOnce(&mut Profile)) -> Machine {
     let mut profile = Profile::haswell();
@@ -73,12 +72,6 @@ fn not_without_fsgsbase() {
         &machine(|p| p.host_cr4 &= !CR4_FSGSBASE),
         &VALUES
     ));
-}
-
-/// SWAPGS is undefined.
-#[test]
-fn not_with_fred() {
-    assert!(!exchanged(&machine(|p| set_cr4(p, CR4_FRED)), &VALUES));
 }
 
 #[test]

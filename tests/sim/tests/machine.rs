@@ -88,6 +88,22 @@ fn machines_that_cannot_say_why() {
     }
 }
 
+/// SWAPGS is undefined there, and INT 2 no NMI: a vCPU would be the end of the host.
+#[test]
+fn a_host_with_fred_is_told_so() {
+    let mut profile = Profile::haswell();
+    profile.host_cr4 |= 1 << 32;
+    *profile.msrs.entry(0x489).or_default() |= 1 << 32;
+    let machine = Machine::new(profile, 1);
+    machine.set_host_selectors(0x2b, 0);
+    let hypervisor = Hypervisor::new(machine.host()).unwrap();
+    let why = hypervisor.capability().refusal;
+    assert_eq!(why, Some(Refusal::Fred));
+    assert_eq!(hypervisor.create_vm().err(), Some(Error::NotWorking));
+    drop(hypervisor);
+    machine.assert_clean();
+}
+
 #[test]
 fn one_processor_that_cannot_is_enough() {
     let machine = Machine::new(Profile::haswell(), 3);

@@ -103,7 +103,7 @@ bitflags! {
         const CET = 1 << 23;
         /// Protection keys, supervisor pages.
         const PKS = 1 << 24;
-        /// Flexible return and event delivery: SWAPGS is undefined.
+        /// Flexible return and event delivery.
         const FRED = 1 << 32;
         const _ = !0;
     }

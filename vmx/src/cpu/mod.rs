@@ -197,8 +197,8 @@ pub trait Cpu: Send + Sync + 'static {
     /// and IA32_KERNEL_GS_BASE afterwards.
     ///
     /// # Safety
-    /// Interrupts are off, and both values were read on this processor before
-    /// the entry.
+    /// Interrupts are off, CR4.FRED is clear, and both values were read on this processor
+    /// before the entry.
     unsafe fn restore_segmentation(&self, gdtr: TableRegister, selectors: &UserSelectors);
 
     /// XGETBV of XCR0.
@@ -230,14 +230,14 @@ pub trait Cpu: Send + Sync + 'static {
     /// Raises the host's NMI handler by INT 2, for an NMI that caused an exit.
     ///
     /// # Safety
-    /// Called right after that exit, once per exit.
+    /// Called right after that exit, once per exit. CR4.FRED is clear.
     unsafe fn raise_nmi(&self);
 
     /// Raises the host's machine-check handler by INT 18, for a machine check
     /// that caused an exit.
     ///
     /// # Safety
-    /// Called right after that exit, once per exit.
+    /// As [`Cpu::raise_nmi`].
     unsafe fn raise_machine_check(&self);
 
     /// VMXON with the region at `region`.

@@ -65,9 +65,7 @@ fn can_exchange(cpu: &impl Cpu) -> bool {
     // SDM vol. 2, CPUID leaf 80000008H: EAX[15:8] are the bits of a linear address.
     let bits = cpu.cpuid(0x8000_0008, 0).eax >> 8 & 0xff;
     let cr4 = Cr4::from_bits_retain(cpu.cr4());
-    cr4.contains(Cr4::FSGSBASE)
-        && !cr4.contains(Cr4::FRED)
-        && (bits <= 48 || cr4.contains(Cr4::LA57))
+    cr4.contains(Cr4::FSGSBASE) && (bits <= 48 || cr4.contains(Cr4::LA57))
 }
 
 /// Puts `new` into KERNEL_GS_BASE; returns what was there. Interrupts are off.
