@@ -38,6 +38,43 @@ fn host_events_end_run() {
     client.finish();
 }
 
+/// A signal comes while MOV to CR0 waits for the PDPTEs. The guest does not go on before they are read: with paging on,
+/// and none, it would be lost.
+#[test]
+fn a_signal_comes_before_the_pdptes() {
+    const TABLE: u64 = 0x8000;
+    const GUEST_PDPTE0: u32 = 0x280a;
+    for (entry, taken) in [(0x9001_u64, true), (0x9003, false)] {
+        let client = client();
+        client.load(TABLE, &entry.to_le_bytes());
+        client.change_regs(|state| {
+            state.cr3 = TABLE;
+            state.cr4 |= 1 << 5;
+        });
+        let machine = client.machine.clone();
+        let status = client.run([
+            Step::act(move |_| machine.set_event_pending(true)),
+            Step::mov_to_cr(0, 0, 0x8000_0011),
+        ]);
+        assert_eq!(status, ExitStatus::Interrupt);
+        client.machine.set_event_pending(false);
+        assert_eq!(client.run([Step::output(1, 1, 1)]), ExitStatus::Io);
+        let received = client.machine.take_received();
+        let errors: Vec<_> = received.iter().map(|e| (e.vector, e.error_code)).collect();
+        let state = client.regs();
+        assert_eq!(state.cr0 >> 31 == 1, taken);
+        if taken {
+            assert_eq!(errors, []);
+            let vmcs = client.machine.current_vmcs(0).expect("a VMCS");
+            let loaded = client.machine.vmcs_field(vmcs, GUEST_PDPTE0);
+            assert_eq!(loaded, Some(entry));
+        } else {
+            assert_eq!(errors, [(13, Some(0))]);
+        }
+        client.finish();
+    }
+}
+
 #[test]
 fn a_host_nmi_reaches_the_host_once() {
     let client = client();

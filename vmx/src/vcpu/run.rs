@@ -287,8 +287,8 @@ impl<H: Host> Vcpu<H> {
     /// [`Vcpu::prepare`] would find nothing to do. It found nothing the last
     /// time, and what could have changed that since has cleared `quiet`: an
     /// event to deliver ([`handle::raise`], a delivery that an exit
-    /// interrupted), an instruction completed in software ([`Inner::complete`]),
-    /// and whatever loads the VMCS outside of the loan: requests, PDPTEs, a
+    /// interrupted), an instruction completed in software ([`Inner::complete`])
+    /// or waiting for PDPTEs, and whatever loads the VMCS outside of the loan: requests, PDPTEs, a
     /// task switch. What the
     /// client writes at any time is looked at here; a TPR threshold goes with a
     /// vector that waits.

@@ -78,6 +78,8 @@ fn wait_for_pdptes<H: Host>(
         _ => 0,
     };
     inner.pdptes_stale = true;
+    // RUN may return before they are read: an event waits for the host's thread.
+    inner.quiet = false;
     inner.unfinished = Some(Unfinished {
         cr,
         old,
