@@ -24,7 +24,7 @@ const AT_ONCE: usize = 24;
 
 /// What the PC does: functions, then a line for each break. `broken N CASES` loads the module with break N and runs
 /// the cases; lines that begin with @@ are read by [`sections`].
-const FUNCTIONS: &str = r"export CONFORMANCE_VERBOSE=1
+const FUNCTIONS: &str = r#"export CONFORMANCE_VERBOSE=1
 complaints='BUG|WARNING|Oops|Call Trace|scheduling while atomic|possible recursive|bad page|internal error|leak'
 attempt() {
   number=$1; shift
@@ -34,7 +34,8 @@ attempt() {
   code=$?
   [ $code -lt 2 ] || echo '@@DIED the client'
   rmmod haxm || { echo '@@DIED rmmod'; exit 1; }
-  dmesg | grep -E $complaints > /tmp/complaints && { head -3 /tmp/complaints; echo '@@DIED the kernel complains'; }
+  said=$(dmesg | grep -E "$complaints" | head -3)
+  [ -z "$said" ] || { echo "$said"; echo '@@DIED the kernel complains'; }
   echo @@CODE $code
 }
 broken() {
@@ -45,7 +46,7 @@ broken() {
   attempt 0 $*
   [ $code = 0 ] || exit 1
 }
-";
+"#;
 
 /// Runs the conformance cases of the chosen breaks.
 pub(super) fn run(
@@ -285,5 +286,30 @@ mod tests {
         let sections = sections(&text);
         let verdict = judge(&mutant(&["pio/in"], false), &sections[0], &outcome(), false);
         assert!(matches!(verdict, Verdict::Survived(why) if why.contains("unbroken")));
+    }
+
+    /// The functions as a shell of this machine runs them, with a kernel that says `line`.
+    fn attempted(line: &str) -> String {
+        let script = format!(
+            "{FUNCTIONS}\ndmesg() {{ [ $# = 1 ] || echo '{line}'; }}\n\
+             insmod() {{ :; }}\nrmmod() {{ :; }}\ntimeout() {{ :; }}\nattempt 7 pio/in\n"
+        );
+        let output = std::process::Command::new("sh")
+            .args(["-c", &script])
+            .output()
+            .unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[test]
+    fn what_the_kernel_complains_of_is_told() {
+        assert_eq!(attempted("[1.2] haxm: loaded"), "@@CODE 0\n");
+        for line in ["Call Trace:", "BUG: sleeping", "haxm: internal error"] {
+            let told = attempted(line);
+            assert_eq!(
+                told,
+                format!("{line}\n@@DIED the kernel complains\n@@CODE 0\n")
+            );
+        }
     }
 }
