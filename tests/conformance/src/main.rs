@@ -19,6 +19,7 @@ mod ram;
 mod region;
 mod swept;
 mod tunnel;
+mod watchpoint;
 
 use std::io::Write;
 use std::panic;

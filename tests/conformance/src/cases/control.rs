@@ -219,13 +219,22 @@ fn cr4_tsd_and_rdtsc(mode: Mode) -> Outcome {
 
 fn clts_and_lmsw(mode: Mode) -> Outcome {
     let code = guest!(
-        "smsw bx", "or bx, 8", "lmsw bx", "smsw cx", "clts", "smsw dx", "hlt"
+        "smsw bx",
+        "or bx, 8",
+        "lmsw bx",
+        "smsw cx",
+        "out 0x80, al",
+        "clts",
+        "smsw dx",
+        "hlt"
     );
     let machine = Machine::new(mode, code)?;
     machine.set(|state| {
         state.rcx = 0;
         state.rdx = 0;
     })?;
+    machine.expect(&[out(0x80, 1, 0)])?;
+    same!(machine.regs()?.cr0 & 8, 8, "TS after LMSW by GET_REGS");
     machine.expect(&[halt()])?;
     let state = machine.regs()?;
     same!(
@@ -233,12 +242,15 @@ fn clts_and_lmsw(mode: Mode) -> Outcome {
         (8, 0),
         "TS after LMSW and CLTS"
     );
+    same!(state.cr0 & 8, 0, "TS after CLTS by GET_REGS");
     Ok(())
 }
 
+/// NE, which VMX operation wants to be 1, is what the guest made it.
 fn smsw(mode: Mode) -> Outcome {
     let machine = Machine::new(mode, guest!("smsw ax", "smsw word ptr [edi]", "hlt"))?;
     machine.set(|state| {
+        state.cr0 &= !(1 << 5);
         state.rax = 0xffff_0000;
         state.rdi = DATA;
     })?;
@@ -246,6 +258,7 @@ fn smsw(mode: Mode) -> Outcome {
     let state = machine.regs()?;
     same!(state.rax, 0xffff_0000 | state.cr0 & 0xffff, "AX");
     same!(machine.ram.number(DATA, 2), state.cr0 & 0xffff, "memory");
+    same!(state.cr0 & 1 << 5, 0, "NE");
     Ok(())
 }
 
@@ -375,26 +388,39 @@ fn efer_nxe(mode: Mode) -> Outcome {
 
 fn syscall_and_sysret() -> Outcome {
     let code = guest!(64:
-        "mov ebx, 1", "syscall", "mov bl, 3", "2: in al, 0x70", "jmp 2b",
+        "mov ebx, 1", "syscall", "mov bl, 3", "in al, 0x70", "hlt",
         ".balign 64",
-        "out 0x80, al", "mov rdi, rcx", "mov rsi, r11", "hlt");
+        "out 0x80, al", "mov rdi, rcx", "mov rsi, r11", "pushfq", "pop rdx", "mov ebp, cs", "sysretq");
     let machine = Machine::new(Mode::Long, code)?;
     let done = machine.vcpu.set_msrs(&[
-        (0xc000_0081, 0x001b_0018_0000_0000),
+        (0xc000_0081, 0x0023_0018_0000_0000),
         (0xc000_0082, crate::modes::CODE + 64),
         (0xc000_0084, 0x200),
     ])?;
     same!(done, 3, "SET_MSRS");
+    // The TSS has no I/O bitmap: its base is at the limit.
+    machine.ram.write_u16(0xb066, 0x68);
     machine.set(|state| {
         super::enter_user(Mode::Long, state);
         state.rflags |= 0x200;
     })?;
-    machine.expect(&[out(0x80, 1, 0), halt()])?;
+    // IN is not for ring 3, where SYSRET has gone back to.
+    machine.expect(&[out(0x80, 1, 0), fault_code(13, 0)])?;
     let state = machine.regs()?;
-    same!(state.rdi, crate::modes::CODE + 7, "RCX: behind SYSCALL");
+    let behind = crate::modes::CODE + 7;
+    same!(state.rdi, behind, "RCX: behind SYSCALL");
     same!(state.rsi & 0x200, 0x200, "R11: RFLAGS");
-    same!(state.rflags & 0x200, 0, "IF, by FMASK");
-    same!(state.cs.selector, 0x18, "CS");
+    same!(state.rdx & 0x200, 0, "IF, by FMASK");
+    same!(state.rbp, 0x18, "CS");
+    same!(state.rbx, 3, "BL");
+    // Behind the error code: RIP, CS, RFLAGS, RSP, SS.
+    let frame = [machine.stack(1)?, machine.stack(2)?, machine.stack(5)?];
+    same!(
+        frame,
+        [behind + 2, 0x33, 0x2b],
+        "RIP, CS and SS after SYSRET"
+    );
+    same!(machine.stack(3)? & 0x200, 0x200, "IF after SYSRET");
     Ok(())
 }
 
@@ -501,14 +527,18 @@ fn descriptor_tables(mode: Mode) -> Outcome {
     })?;
     machine.expect(&[halt()])?;
     let state = machine.regs()?;
+    let before = crate::modes::registers(mode);
+    for (at, table, name) in [(DATA, before.gdt, "SGDT"), (DATA + 16, before.idt, "SIDT")] {
+        let stored = (machine.ram.number(at, 2), machine.ram.number(at + 2, 3));
+        same!(stored, (u64::from(table.limit), table.base), "{name}");
+    }
     same!(
-        machine.ram.number(DATA, 2),
-        u64::from(state.gdt.limit),
-        "SGDT limit"
+        (state.gdt.base, state.gdt.limit),
+        (before.gdt.base, before.gdt.limit),
+        "GDTR by GET_REGS"
     );
-    same!(machine.ram.number(DATA + 2, 3), state.gdt.base, "SGDT base");
     same!((state.idt.base, state.idt.limit), (0xa2000, 0x1ff), "LIDT");
-    same!(machine.ram.number(DATA + 34, 3), 0xa2000, "SIDT");
+    same!(machine.ram.number(DATA + 34, 3), 0xa2000, "SIDT after LIDT");
     Ok(())
 }
 
@@ -522,16 +552,20 @@ fn rdpmc(mode: Mode) -> Outcome {
     Machine::new(mode, code)?.expect(&[wanted])
 }
 
+/// So many that the loop exits: SDM 25.6.13 "Controls for PAUSE-Loop Exiting".
 fn pause_and_nop(mode: Mode) -> Outcome {
     let code = guest!(
-        "mov ecx, 100",
+        "mov ecx, 5000",
         "2: pause",
         "nop",
         "dec ecx",
         "jnz 2b",
         "hlt"
     );
-    Machine::new(mode, code)?.expect(&[halt()])
+    let machine = Machine::new(mode, code)?;
+    machine.expect(&[halt()])?;
+    same!(machine.regs()?.rcx, 0, "RCX");
+    Ok(())
 }
 
 /// The counter, and TSC_AUX in ECX.

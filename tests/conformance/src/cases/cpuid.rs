@@ -155,6 +155,25 @@ fn beyond_the_highest_leaf(_: Mode) -> Outcome {
     let machine = asking()?;
     same!(leaf(&machine, 0x1000, 0)?, [0; 4], "leaf 1000h");
     same!(leaf(&machine, 0x8000_1000, 0)?, [0; 4], "leaf 80001000h");
+    // The client lowers both: leaves that were there are not.
+    let (_, _, entries) = machine.vcpu.cpuid(64);
+    let mut leaf_0 = find(&entries, 0)?;
+    leaf_0.eax = 6;
+    let mut extended_0 = find(&entries, 0x8000_0000)?;
+    extended_0.eax = 0x8000_0007;
+    machine.vcpu.set_cpuid(2, &[leaf_0, extended_0])?;
+    for (number, there) in [
+        (1, true),
+        (7, false),
+        (0xb, false),
+        (0xd, false),
+        (0x4000_0000, true),
+        (0x8000_0001, true),
+        (0x8000_0008, false),
+    ] {
+        let answer = leaf(&machine, number, 0)?;
+        same!(answer != [0; 4], there, "leaf {number:x}h is there");
+    }
     Ok(())
 }
 

@@ -5,6 +5,7 @@ use crate::exit::{Exit, fault, halt, out, read, write};
 use crate::guest;
 use crate::machine::Machine;
 use crate::modes::{CODE, DATA, DEVICE, Mode};
+use crate::watchpoint::Watched;
 
 pub const CASES: &[Case] = &[
     case!(single_step in SIZES),
@@ -158,7 +159,9 @@ fn step_over_cpuid_and_msr(mode: Mode) -> Outcome {
 /// PUSHF while stepped shows no trap flag of the client's.
 fn step_hides_nothing_in_flags(mode: Mode) -> Outcome {
     let machine = stepping(mode, guest!("pushf", "nop", "hlt"))?;
-    steps(&machine)?;
+    let seen = steps(&machine)?;
+    let length = if mode == Mode::Protected { 2 } else { 1 };
+    same!(seen.get(..2), Some(&[length, length + 1][..]), "RIPs");
     same!(machine.stack(0)? & 0x100, 0, "TF pushed");
     same!(machine.regs()?.rflags & 0x100, 0, "TF");
     Ok(())
@@ -480,15 +483,25 @@ fn dr_in_user_mode(mode: Mode) -> Outcome {
     machine.expect(&[crate::exit::fault_code(13, 0)])
 }
 
-/// A breakpoint of the guest's is none of this process's: it executes the same linear address.
+/// A breakpoint of the guest's is none of this process's, which executes the same linear address; and one of this
+/// process's still works when a guest has run, with breakpoints of its own or without.
 fn host_debug_registers(mode: Mode) -> Outcome {
-    let machine = Machine::new(mode, guest!(64: "nop", "hlt"))?;
     let here = host_debug_registers as fn(Mode) -> Outcome as usize as u64;
-    machine.set(|state| {
-        state.dr0 = here;
-        state.dr7 = 0x403;
-    })?;
-    machine.expect(&[halt()])?;
+    let mut watched = Watched::new()?;
+    same!(watched.write()?, 1, "writes seen before");
+    for (seen, breakpoints) in [(2, 0x403), (3, 0x400), (4, 0x4ff)] {
+        let machine = Machine::new(mode, guest!(64: "nop", "hlt"))?;
+        machine.set(|state| {
+            [state.dr0, state.dr1, state.dr2, state.dr3] = [here; 4];
+            state.dr7 = breakpoints;
+        })?;
+        machine.expect(&[halt()])?;
+        same!(
+            watched.write()?,
+            seen,
+            "writes seen after a guest with DR7 {breakpoints:#x}"
+        );
+    }
     // Would be a SIGTRAP.
     Machine::new(mode, guest!(64: "hlt"))?.expect(&[halt()])
 }

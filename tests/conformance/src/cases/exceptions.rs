@@ -267,8 +267,10 @@ fn page_fault_fetch(mode: Mode) -> Outcome {
 fn page_fault_reserved_bit(mode: Mode) -> Outcome {
     let machine = Machine::new(mode, guest!("mov eax, [edi]", "hlt"))?;
     set_page(&machine, DATA >> 12, 0x67 | 1 << 51);
-    machine.set(|state| state.rdi = DATA)?;
-    machine.expect(&[fault_code(14, 9)])
+    machine.set(|state| state.rdi = DATA + 0x789)?;
+    machine.expect(&[fault_code(14, 9)])?;
+    same!(machine.regs()?.cr2, DATA + 0x789, "CR2");
+    Ok(())
 }
 
 /// The page comes back and the instruction is repeated.
@@ -279,6 +281,7 @@ fn page_fault_is_restartable(mode: Mode) -> Outcome {
     machine.set(|state| state.rdi = DATA)?;
     let before = machine.regs()?;
     machine.expect(&[fault_code(14, 2)])?;
+    same!(machine.regs()?.cr2, DATA, "CR2");
     set_page(&machine, DATA >> 12, 0x67);
     machine.set(|state| {
         state.rip = before.rip;
@@ -452,6 +455,11 @@ fn triple_fault_is_sticky(mode: Mode) -> Outcome {
     machine.expect(&[lost(), lost(), lost()])?;
     machine.vcpu.interrupt(0x40)?;
     machine.regs()?;
+    machine.expect(&[lost()])?;
+    // An instruction that would not fault is not executed either.
+    machine
+        .ram
+        .write(crate::modes::CODE, guest!(64: "hlt").bits64);
     machine.expect(&[lost()])
 }
 
