@@ -1,43 +1,23 @@
 //! A virtual processor: its VMCS, its registers, and the run loop.
 //!
 //! [`Vcpu::run`] enters the guest and handles exits until one is the client's
-//! ([`run`]). What an exit needs is decoded once ([`decode`]); the handlers
-//! ([`handle`]) see that, a [`Current`](vmcs::Current) VMCS and the
-//! [`Inner`] state of the vCPU.
+//! ([`run`]). What an exit needs is decoded once; the handlers ([`exits`]) see
+//! that, a [`Current`] VMCS and the [`Inner`] state of the vCPU.
 
-pub mod cpuid;
-mod debug;
-mod decode;
-mod delivery;
+mod cpuid;
 mod emulation;
-pub mod entry_checks;
 mod events;
-pub mod exit_table;
-mod extended;
+mod exits;
 mod guest;
-mod handle;
-mod host_state;
-mod loan;
-mod modes;
-pub mod msr;
-pub mod msr_bitmap;
-mod msr_list;
-mod pdptes;
-pub mod pending;
-mod plain;
-mod pmu;
-mod registers;
-mod reload;
+mod msr;
 mod run;
-mod setup;
 mod state;
-mod switched_msrs;
-mod task_priority;
 mod task_switch;
-mod tunnel;
 mod vmcs;
 
+pub use exits::table as exit_table;
 pub use guest::{Guest, MAX_VCPUS};
+pub use vmcs::entry_checks;
 
 use alloc::boxed::Box;
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -60,20 +40,23 @@ use crate::operation::{Place, write_revision};
 use crate::sync::{Lock, LockClass};
 
 use cpuid::{Answers, CpuidTable, Features};
-use debug::DebugRegisters;
 use emulation::Emulation;
 use events::Events;
-use extended::Extended;
-use host_state::HostState;
-use modes::Modes;
+use events::pending::PendingVectors;
+use events::task_priority::TaskPriority;
 use msr::MsrStore;
-use pending::PendingVectors;
-use pmu::Pmu;
-use registers::Registers;
-use switched_msrs::SwitchedMsrs;
-use task_priority::TaskPriority;
-use tunnel::Channel;
+use msr::switched::SwitchedMsrs;
+use run::loan;
+use run::tunnel::Channel;
+use state::debug::DebugRegisters;
+use state::extended::Extended;
+use state::modes::Modes;
+use state::pdptes::Unfinished;
+use state::pmu::Pmu;
+use state::registers::Registers;
 use vmcs::Current;
+use vmcs::host_state::HostState;
+use vmcs::setup;
 
 /// MSRs that do not exist and are counted, by number.
 const UNKNOWN_MSRS: usize = 16;
@@ -111,7 +94,7 @@ pub struct Inner<H: Host> {
     /// The PDPTEs in the VMCS are older than CR0, CR3 or CR4.
     pdptes_stale: bool,
     /// A write of CR0 or CR4 that waits for them.
-    unfinished: Option<pdptes::Unfinished>,
+    unfinished: Option<Unfinished>,
     /// Linear translations are to be dropped before the next entry.
     flush_linear: bool,
     /// The emulator completed an instruction; its effects on the VMCS are due.
@@ -374,7 +357,7 @@ impl<H: Host> Vcpu<H> {
         self.refresh_cpuid(&mut inner);
         inner.emulation.forget_registers();
         self.with_vmcs(&mut inner, |current, inner| {
-            msr_list::set(self, inner, current, data)
+            msr::list::set(self, inner, current, data)
         })?
     }
 
@@ -386,7 +369,7 @@ impl<H: Host> Vcpu<H> {
         let mut inner = self.inner.lock();
         self.refresh_cpuid(&mut inner);
         self.with_vmcs(&mut inner, |current, inner| {
-            msr_list::get(self, inner, current, data)
+            msr::list::get(self, inner, current, data)
         })?
     }
 

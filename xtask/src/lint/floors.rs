@@ -146,7 +146,7 @@ mod tests {
     fn using_a_lower_floor_is_right() {
         let text = "use crate::{Error, memory::Space, arch::addr::Gpa};\nuse super::modes::M;";
         let root = ("vmx/src/lib.rs", "pub use error::Error;\nuse vm::Vm;");
-        assert!(found(&[root, ("vmx/src/vcpu/run.rs", text)]).is_empty());
+        assert!(found(&[root, ("vmx/src/vcpu/run/mod.rs", text)]).is_empty());
         assert!(found(&[("driver/src/lib.rs", "use vmx::host::Host;")]).is_empty());
     }
 

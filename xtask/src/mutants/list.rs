@@ -3,7 +3,7 @@
 //! An entry is a block of lines, each a word and its value; blocks are separated by empty lines, `#` begins a comment.
 //!
 //!     name   zero-extension
-//!     file   vmx/src/vcpu/plain.rs
+//!     file   vmx/src/vcpu/emulation/plain.rs
 //!     code   let value = [[u64::from(low)]];
 //!     broken high | u64::from(low)
 //!     host   vmx/tests/emulate_plain.rs a_load_clears

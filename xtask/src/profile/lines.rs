@@ -119,10 +119,10 @@ mod tests {
     #[test]
     fn the_innermost_function_of_ours_counts() {
         let text = "0x0000000000000010\n<core::option::Option<T>>::map\n/rustc/x/core/src/option.rs:5\n\
-                    <haxm_vmx::vcpu::Vcpu<haxm_linux::host::Linux>>::once::<T>::{closure#0}\n/a/vmx/src/vcpu/run.rs:7\n\
+                    <haxm_vmx::vcpu::Vcpu<haxm_linux::host::Linux>>::once::<T>::{closure#0}\n/a/vmx/src/vcpu/run/mod.rs:7\n\
                     outer\n/a/vmx/src/vcpu/mod.rs:9\n0x20\nhaxm_os_kick\n/a/target/module/6.1-lines/cpu.c:3\n";
         let names = parse(text, 0x100);
-        assert_eq!(names[&0x110], "haxm: once (vmx/src/vcpu/run.rs)");
+        assert_eq!(names[&0x110], "haxm: once (vmx/src/vcpu/run/mod.rs)");
         assert_eq!(names[&0x120], "haxm: haxm_os_kick (driver/linux/cpu.c)");
         assert_eq!(names.len(), 2);
     }

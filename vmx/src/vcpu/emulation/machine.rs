@@ -3,6 +3,7 @@
 
 use core::cell::Cell;
 
+use super::reload::{self, Reload, Tables};
 use crate::Error;
 use crate::arch::addr::{Gpa, Gva, PAGE_SIZE};
 use crate::arch::event::{Exception, PageFault};
@@ -16,10 +17,9 @@ use crate::emulate::{
 use crate::host::Host;
 use crate::memory::AccessError;
 use crate::memory::walk::{self, Paging, WalkAccess, WalkFault};
-use crate::vcpu::debug::DebugRegisters;
-use crate::vcpu::extended::Extended;
-use crate::vcpu::registers::Registers;
-use crate::vcpu::reload::{self, Reload, Tables};
+use crate::vcpu::state::debug::DebugRegisters;
+use crate::vcpu::state::extended::Extended;
+use crate::vcpu::state::registers::Registers;
 use crate::vcpu::vmcs::Current;
 use crate::vcpu::{Inner, Vcpu, cpuid};
 

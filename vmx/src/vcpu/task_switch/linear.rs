@@ -10,7 +10,7 @@ use crate::arch::reg::Efer;
 use crate::host::Host;
 use crate::memory::walk::{self, Paging, WalkAccess, WalkFault};
 use crate::memory::{AccessError, AddressSpace};
-use crate::vcpu::handle::Next;
+use crate::vcpu::exits::Next;
 
 /// Why a step of the switch could not be done.
 #[derive(Clone, Copy)]

@@ -17,7 +17,7 @@ use self::descriptor::{BUSY, Descriptor, push, unusable, virtual_8086};
 use self::linear::{By, Linear, Stop};
 use self::tss::{BITS_16, BITS_32, Form, LARGEST, Task};
 use super::events::Delivery;
-use super::handle::{self, Next};
+use super::exits::{self, Next};
 use super::state::{self, SegmentFields};
 use super::vmcs::Current;
 use super::{Inner, Vcpu};
@@ -184,7 +184,7 @@ impl<H: Host> Vcpu<H> {
     #[inline(never)]
     pub(super) fn stopped(&self, inner: &mut Inner<H>, stop: Stop) -> Next {
         match stop {
-            Stop::Fault(exception) => handle::raise(self, inner, exception),
+            Stop::Fault(exception) => exits::raise(self, inner, exception),
             Stop::Later(next) => next,
             Stop::Protected(gpa) => {
                 let access = crate::memory::Access {
@@ -193,7 +193,7 @@ impl<H: Host> Vcpu<H> {
                 };
                 self.report_protected(gpa, access)
             }
-            Stop::Lost(why) => handle::lost(inner, why),
+            Stop::Lost(why) => exits::lost(inner, why),
         }
     }
 
@@ -416,12 +416,12 @@ impl<H: Host> Vcpu<H> {
             // The monitor trap flag did not see the instruction.
             inner.step_due = inner.debug.steps();
             if trap {
-                return handle::exception::debug_trap(self, inner, current, DR6_BT);
+                return exits::exception::debug_trap(self, inner, current, DR6_BT);
             }
             Next::Resume
         })?;
         if let Some(exception) = plan.fault {
-            return Ok(handle::raise(self, inner, exception));
+            return Ok(exits::raise(self, inner, exception));
         }
         Ok(next)
     }
@@ -551,7 +551,7 @@ impl<H: Host> Inner<H> {
             current.put(field::GUEST_CR3, plan.paging.cr3);
         }
         if let Some(entries) = plan.paging.pdptes {
-            super::pdptes::write(current, entries);
+            state::pdptes::write(current, entries);
         }
         self.flush_linear = true;
         let dr7 = self.debug.guest_dr7() & !DR7_LOCAL;

@@ -14,15 +14,15 @@
 // host's values back.
 #![expect(unsafe_code)]
 
-use super::msr::GpFault;
-use super::vmcs::Current;
-use super::{Inner, Vcpu};
 use crate::arch::control::Exit;
 use crate::arch::pmu::{EVENT_SELECT_RESERVED, EventSelect, STATUS_NO_INTERRUPT};
 use crate::arch::{field, msr};
 use crate::caps::{Counters, MAX_COUNTERS};
 use crate::cpu::Cpu;
 use crate::host::Host;
+use crate::vcpu::msr::GpFault;
+use crate::vcpu::vmcs::Current;
+use crate::vcpu::{Inner, Vcpu};
 
 /// Set in [`Pmu::busy`]: VM entry and exit load IA32_PERF_GLOBAL_CTRL.
 const SWITCHING: u8 = 1 << 7;
@@ -237,7 +237,7 @@ impl HostCounters {
 impl<H: Host> Vcpu<H> {
     /// Gives the guest its counters, if it counts. Interrupts are off.
     #[inline(always)]
-    pub(super) fn load_counters(&self, inner: &mut Inner<H>, current: &Current<'_, H>) {
+    pub(in crate::vcpu) fn load_counters(&self, inner: &mut Inner<H>, current: &Current<'_, H>) {
         if inner.pmu.busy != 0 {
             self.load_busy_counters(inner, current);
         }
@@ -267,7 +267,7 @@ impl<H: Host> Vcpu<H> {
 
     /// Gives the host its counters back, if the guest has them.
     #[inline(always)]
-    pub(super) fn unload_counters(&self, inner: &mut Inner<H>, current: &Current<'_, H>) {
+    pub(in crate::vcpu) fn unload_counters(&self, inner: &mut Inner<H>, current: &Current<'_, H>) {
         if inner.pmu.loaded != 0 {
             self.unload_loaded_counters(inner, current);
         }
@@ -281,7 +281,7 @@ impl<H: Host> Vcpu<H> {
     }
 
     /// Changes registers of the counters, by the guest or the client.
-    pub(super) fn change_counters(
+    pub(in crate::vcpu) fn change_counters(
         &self,
         inner: &mut Inner<H>,
         current: &Current<'_, H>,

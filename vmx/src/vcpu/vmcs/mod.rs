@@ -1,6 +1,12 @@
-//! The loaded VMCS: the only way to read or write its fields.
+//! The VMCS: [`Current`], the loaded one, is the only way to read or write its
+//! fields. What belongs to no guest register is written by [`setup`] and
+//! [`host_state`]; [`entry_checks`] tells what a failed entry did not like.
 // UNSAFETY: executes VMREAD and VMWRITE on a VMCS that a loan keeps current.
 #![expect(unsafe_code)]
+
+pub mod entry_checks;
+pub(super) mod host_state;
+pub(super) mod setup;
 
 use core::cell::Cell;
 

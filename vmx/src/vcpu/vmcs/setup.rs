@@ -1,6 +1,6 @@
 //! The VMCS of a new vCPU: the fields that never change.
 
-use super::vmcs::Current;
+use super::Current;
 use crate::arch::control::{Primary, Secondary};
 use crate::arch::event::vector;
 use crate::arch::{addr::Hpa, field};

@@ -2,13 +2,13 @@
 //! frequent ones, I/O, CPUID, RDMSR and HLT, do not come here: `Vcpu::once`
 //! gives them to their handlers itself.
 
-use super::exit_table::Answer;
-use super::vmcs::Current;
+use super::table::Answer;
 use crate::arch::addr::Gpa;
 use crate::arch::event::InterruptionInfo;
 use crate::arch::exit::{CrAccess, DrQualification, EptQualification, ExitReason};
 use crate::arch::field;
 use crate::host::Host;
+use crate::vcpu::vmcs::Current;
 
 /// Why the guest stopped, with what its handler needs to know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,12 +8,12 @@
 // UNSAFETY: access to a byte that the processor writes too.
 #![expect(unsafe_code)]
 
-use super::vmcs::Current;
 use crate::arch::addr::Hpa;
 use crate::arch::field;
 use crate::caps::Caps;
 use crate::fallible::NoMemory;
 use crate::host::{Host, OwnedPage};
+use crate::vcpu::vmcs::Current;
 
 /// Where VTPR is in the virtual-APIC page: SDM 30.1.1 "Virtualized APIC Registers".
 const VTPR: usize = 0x80;

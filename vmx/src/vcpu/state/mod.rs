@@ -1,4 +1,13 @@
-//! Register blocks in and out: SET_REGS, GET_REGS and the power-up state.
+//! The guest's registers, one file per group: where each is while the guest
+//! runs, where otherwise, and what it may hold. Here are the register blocks in
+//! and out: SET_REGS, GET_REGS and the power-up state.
+
+pub(super) mod debug;
+pub(super) mod extended;
+pub(super) mod modes;
+pub(super) mod pdptes;
+pub(super) mod pmu;
+pub(super) mod registers;
 
 use abi::vcpu_state::{SegmentDesc, VcpuState};
 

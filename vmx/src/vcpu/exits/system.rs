@@ -8,7 +8,7 @@ use crate::arch::reg::{Cr4, Rflags};
 use crate::host::Host;
 use crate::vcpu::cpuid::View;
 use crate::vcpu::vmcs::Current;
-use crate::vcpu::{Inner, Vcpu, msr_list};
+use crate::vcpu::{Inner, Vcpu, msr};
 
 /// Bits 31:0, what 32-bit operands leave.
 const LOW: u64 = 0xffff_ffff;
@@ -80,7 +80,7 @@ pub fn tpr_below_threshold<H: Host>(inner: &mut Inner<H>) -> Next {
 #[cfg_attr(haxm_module, optimize(speed))]
 pub fn rdmsr<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_, H>) -> Next {
     let msr = inner.registers.get(current, 1) as u32;
-    match msr_list::read(vcpu, inner, current, msr) {
+    match msr::list::read(vcpu, inner, current, msr) {
         Ok(value) => {
             inner.registers.set(0, value & LOW);
             inner.registers.set(2, value >> 32);
@@ -102,7 +102,7 @@ pub fn wrmsr<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_
     let low = inner.registers.get(current, 0) & LOW;
     let high = inner.registers.get(current, 2) & LOW;
     let value = high << 32 | low;
-    match msr_list::write(vcpu, inner, current, msr, value, true) {
+    match msr::list::write(vcpu, inner, current, msr, value, true) {
         Ok(()) => {
             inner
                 .switched
@@ -112,7 +112,7 @@ pub fn wrmsr<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<'_
         }
         Err(_) => {
             log::debug!("WRMSR {msr:#x} = {value:#x}: #GP");
-            if msr_list::is_unknown(inner, msr) {
+            if msr::list::is_unknown(inner, msr) {
                 inner.count_unknown_msr(msr);
             }
             raise(vcpu, inner, Exception::gp(0))

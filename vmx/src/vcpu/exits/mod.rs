@@ -1,17 +1,20 @@
-//! Exit handlers, one file per family. Each sees a decoded exit, the vCPU's
-//! state and the current VMCS, and says what comes next.
+//! VM exits: what is done about each reason ([`table`]), what is read of it
+//! ([`decode`]), and the handlers, one file per family. A handler sees the
+//! decoded exit, the vCPU's state and the current VMCS, and says what comes next.
 
 mod control;
-pub mod exception;
-pub mod io;
-pub mod system;
+pub(super) mod decode;
+pub(super) mod exception;
+pub(super) mod io;
+pub(super) mod system;
+pub mod table;
 
 use abi::tunnel::ExitStatus;
 
-use super::decode::Exit;
-use super::entry_checks::first_violated;
-use super::plain;
+use self::decode::Exit;
+use super::emulation::plain;
 use super::vmcs::Current;
+use super::vmcs::entry_checks::first_violated;
 use super::{Inner, Vcpu};
 use crate::arch::addr::Gpa;
 use crate::arch::event::Exception;

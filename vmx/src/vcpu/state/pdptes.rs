@@ -2,15 +2,15 @@
 //! entry takes them from the VMCS, so a write of CR0, CR3 or CR4 that exits and loads them
 //! waits until they are read: a reserved bit faults that instruction.
 
-use super::handle::{self, Next};
-use super::vmcs::Current;
-use super::{Inner, Vcpu};
 use crate::Error;
 use crate::arch::addr::Gpa;
 use crate::arch::event::Exception;
 use crate::arch::field;
 use crate::arch::reg::PDPTE_RESERVED;
 use crate::host::Host;
+use crate::vcpu::exits::{self, Next};
+use crate::vcpu::vmcs::Current;
+use crate::vcpu::{Inner, Vcpu};
 
 /// A write that waits for the PDPTEs. RIP is still on it.
 #[derive(Clone, Copy)]
@@ -36,7 +36,7 @@ impl<H: Host> Vcpu<H> {
     /// The entries at `cr3`; `None` if one has a reserved bit. Where no memory
     /// is they are not present.
     #[inline(never)]
-    pub(super) fn read_pdptes(&self, cr3: u64) -> Option<[u64; 4]> {
+    pub(in crate::vcpu) fn read_pdptes(&self, cr3: u64) -> Option<[u64; 4]> {
         let mut bytes = [0; 32];
         let table = Gpa(cr3 & 0xffff_ffe0);
         if let Err(error) = self.guest().memory().read(table, &mut bytes) {
@@ -55,7 +55,7 @@ impl<H: Host> Vcpu<H> {
     /// Loads the PDPTEs, and finishes the instruction that waits for them.
     #[cold]
     #[inline(never)]
-    pub(super) fn load_pdptes(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
+    pub(in crate::vcpu) fn load_pdptes(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
         let cr3 = self.with_vmcs(inner, |current, _| current.get(field::GUEST_CR3))?;
         let entries = self.read_pdptes(cr3);
         let waits = inner.unfinished.take();
@@ -75,7 +75,7 @@ impl<H: Host> Vcpu<H> {
                 if let Some(waits) = waits {
                     inner.modes.undo(current, waits.cr, waits.old);
                 }
-                handle::raise(self, inner, Exception::gp(0))
+                exits::raise(self, inner, Exception::gp(0))
             }
         })
     }

@@ -4,13 +4,13 @@
 //! The emulator works without the VMCS; what it sets is kept here until the
 //! instruction is done.
 
-use super::Inner;
-use super::state::{self, SegmentFields};
-use super::vmcs::Current;
 use crate::arch::field;
 use crate::arch::reg::Interruptibility;
 use crate::emulate::{Blocking, Seg, SegmentState, Table};
 use crate::host::Host;
+use crate::vcpu::Inner;
+use crate::vcpu::state::{self, SegmentFields};
+use crate::vcpu::vmcs::Current;
 
 /// The fields of ES to GS, by their numbers in instructions.
 pub const SEGMENTS: [SegmentFields; 6] = [

@@ -4,16 +4,20 @@
 //! VMCS current, guest registers loaded, interrupts off, no sleeping. Exits
 //! that need nothing else are handled there. The outer one does the work that
 //! may sleep, with the processor given back. Host interrupts end RUN: clients
-//! hear of their own events no other way.
+//! hear of their own events no other way. The processor comes and goes in
+//! [`loan`]; the client hears of an exit by the [`tunnel`].
+
+pub(super) mod loan;
+pub(super) mod tunnel;
 
 use core::sync::atomic::Ordering;
 
 use abi::tunnel::{EXIT_REASON_PAUSE, ExitStatus, TunnelPageFault, USER_EVENT_PENDING};
 use zerocopy::IntoBytes;
 
-use super::decode::Exit;
+use super::exits::decode::Exit;
+use super::exits::{self, Next, Work};
 use super::guest::NOWHERE;
-use super::handle::{self, Next, Work};
 use super::vmcs::Current;
 use super::{Inner, Vcpu};
 use crate::Error;
@@ -209,7 +213,7 @@ impl<H: Host> Vcpu<H> {
             match self.once(inner, current, cpu_number) {
                 Next::Resume if left == 0 => break Next::Resume,
                 Next::Resume if current.failure().is_some() => {
-                    break handle::lost(inner, "VMCS access failed");
+                    break exits::lost(inner, "VMCS access failed");
                 }
                 Next::Resume if self.user_event() => break Next::Leave(ExitStatus::Interrupt),
                 Next::Resume => {}
@@ -247,7 +251,7 @@ impl<H: Host> Vcpu<H> {
         match self.enter(inner, current, cpu_number) {
             Ok(Ok(())) => {}
             Ok(Err(failure)) => return not_entered(inner, current, failure),
-            Err(_) => return handle::lost(inner, "processor without a record"),
+            Err(_) => return exits::lost(inner, "processor without a record"),
         }
         /// The whole field: nothing but the reason is set.
         const CPUID: u32 = ExitReason::CPUID.0 as u32;
@@ -263,11 +267,11 @@ impl<H: Host> Vcpu<H> {
         match word {
             IO_INSTRUCTION => {
                 let qualification = IoQualification(current.read(field::EXIT_QUALIFICATION));
-                handle::io::handle(self, inner, current, qualification)
+                exits::io::handle(self, inner, current, qualification)
             }
-            CPUID => handle::system::cpuid(self, inner, current),
-            RDMSR => handle::system::rdmsr(self, inner, current),
-            HLT => handle::system::halt(self, inner, current),
+            CPUID => exits::system::cpuid(self, inner, current),
+            RDMSR => exits::system::rdmsr(self, inner, current),
+            HLT => exits::system::halt(self, inner, current),
             _ => self.exit(inner, current, word),
         }
     }
@@ -281,17 +285,16 @@ impl<H: Host> Vcpu<H> {
             inner.events.take_interrupted(current);
             inner.quiet &= !inner.events.is_waiting();
         }
-        handle::dispatch(self, inner, current, exit)
+        exits::dispatch(self, inner, current, exit)
     }
 
     /// [`Vcpu::prepare`] would find nothing to do. It found nothing the last
     /// time, and what could have changed that since has cleared `quiet`: an
-    /// event to deliver ([`handle::raise`], a delivery that an exit
+    /// event to deliver ([`exits::raise`], a delivery that an exit
     /// interrupted), an instruction completed in software ([`Inner::complete`])
-    /// or waiting for PDPTEs, and whatever loads the VMCS outside of the loan: requests, PDPTEs, a
-    /// task switch. What the
-    /// client writes at any time is looked at here; a TPR threshold goes with a
-    /// vector that waits.
+    /// or waiting for PDPTEs, and whatever loads the VMCS outside of the loan:
+    /// requests, PDPTEs, a task switch. What the client writes at any time is
+    /// looked at here; a TPR threshold goes with a vector that waits.
     #[inline(always)]
     fn is_quiet(&self, inner: &Inner<H>) -> bool {
         inner.quiet && !inner.step_due && self.vectors.is_empty() && self.channel.window() == 0
@@ -302,11 +305,11 @@ impl<H: Host> Vcpu<H> {
     #[cfg_attr(haxm_module, optimize(speed))]
     fn prepare(&self, inner: &mut Inner<H>, current: &Current<'_, H>) -> Option<Next> {
         if core::mem::take(&mut inner.completed) {
-            handle::completed(inner, current);
+            exits::completed(inner, current);
         }
         inner.registers.settle_shadow(current);
         if core::mem::take(&mut inner.step_due) {
-            return Some(handle::exception::stepped(self, inner, current));
+            return Some(exits::exception::stepped(self, inner, current));
         }
         if inner.pdptes_stale {
             if inner.modes.uses_pdptes() {
@@ -322,7 +325,7 @@ impl<H: Host> Vcpu<H> {
         let held_back = self.vectors.held_back(inner.priority.get());
         inner.priority.wait_below(current, held_back);
         if inner.events.is_lost() {
-            return Some(handle::lost(inner, "triple fault"));
+            return Some(exits::lost(inner, "triple fault"));
         }
         self.set_primary(inner, current, window);
         // The event that goes in now has left `events`, and a vector does not
@@ -355,7 +358,7 @@ impl<H: Host> Vcpu<H> {
     }
 
     fn set_primary(&self, inner: &mut Inner<H>, current: &Current<'_, H>, window: bool) {
-        let mut wanted = super::setup::primary(self.guest().caps());
+        let mut wanted = super::vmcs::setup::primary(self.guest().caps());
         wanted.set(Primary::INTERRUPT_WINDOW_EXITING, window);
         let steps = inner.debug.steps() && self.guest().caps().has_monitor_trap;
         wanted.set(Primary::MONITOR_TRAP_FLAG, steps);
@@ -388,13 +391,13 @@ impl<H: Host> Vcpu<H> {
                     Some(delivery) if rom => self.deliver_over_rom(inner, delivery)?,
                     Some(_) => {
                         log::error!("event delivery through device memory at {gpa:?}");
-                        handle::lost(inner, "event delivery through device memory")
+                        exits::lost(inner, "event delivery through device memory")
                     }
                 }
             }
             Err(error) => {
                 log::error!("guest memory at {gpa:?}: {error:?}");
-                handle::lost(inner, "guest memory cannot be used")
+                exits::lost(inner, "guest memory cannot be used")
             }
         })
     }

@@ -1,17 +1,20 @@
 //! Executing one guest instruction in software: what is kept of it while the
 //! client has one of its accesses, and what its steps mean for the vCPU. The
-//! emulator sees the vCPU as [`machine`] says.
+//! emulator sees the vCPU as [`machine`] says; [`plain`] does the frequent
+//! instructions without it.
 
 mod machine;
+pub(super) mod plain;
+mod reload;
 
 use abi::tunnel::{ExitStatus, IoDirection, IoFlags, TunnelIo};
 use alloc::boxed::Box;
 use core::cell::Cell;
 use zerocopy::IntoBytes;
 
-use super::handle::{self, Next, Work};
-use super::plain::Moves;
-use super::reload::{self, Reload};
+use self::plain::Moves;
+use self::reload::Reload;
+use super::exits::{self, Next, Work};
 use super::{Inner, Vcpu};
 use crate::Error;
 use crate::arch::event::{Exception, vector};
@@ -212,11 +215,11 @@ impl<H: Host> Vcpu<H> {
             } => self.string_io(IoDirection::Out, port, size, count, down),
             Step::Fault(exception) => {
                 inner.emulation.abandon();
-                handle::raise(self, inner, for_guest(exception))
+                exits::raise(self, inner, for_guest(exception))
             }
             Step::Unsupported => {
                 inner.emulation.abandon();
-                handle::raise(self, inner, Exception::plain(vector::UD))
+                exits::raise(self, inner, Exception::plain(vector::UD))
             }
             Step::Blocked => self.wait(inner, blocked),
         }
@@ -236,7 +239,7 @@ impl<H: Host> Vcpu<H> {
             Some(Blocked::Again) | None => Next::Work(Work::Emulate),
             Some(Blocked::Broken(error)) => {
                 log::error!("guest memory in the middle of an instruction: {error:?}");
-                handle::lost(inner, "guest memory cannot be used")
+                exits::lost(inner, "guest memory cannot be used")
             }
         }
     }

@@ -5,13 +5,13 @@
 //! for the log. The names are those of the simulator's checks, which compares
 //! the two.
 
-use super::msr::{canonical, valid_pat};
 use crate::arch::control::{Entry, Pin, Secondary};
 use crate::arch::event::{EventKind, InterruptionInfo};
 use crate::arch::field::{self, Field, Natural};
 use crate::arch::reg::{Cr0, Cr4, Efer, Interruptibility, PDPTE_RESERVED, Rflags};
 use crate::arch::segment::{AccessRights, SegmentRegister};
 use crate::caps::Caps;
+use crate::vcpu::msr::{canonical, valid_pat};
 
 /// CR0 bits that a VM entry never checks, as it does not change them.
 const UNCHECKED_CR0: u64 = Cr0::CD.union(Cr0::NW).bits();

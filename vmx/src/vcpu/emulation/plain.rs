@@ -30,11 +30,7 @@
 
 use abi::tunnel::ExitStatus;
 
-use super::handle::Next;
-use super::registers::Registers;
 use super::reload::SEGMENTS;
-use super::vmcs::Current;
-use super::{Inner, Vcpu};
 use crate::Error;
 use crate::arch::addr::{Gpa, Gva, PAGE_SHIFT, PAGE_SIZE};
 use crate::arch::exit::EptQualification;
@@ -44,6 +40,11 @@ use crate::arch::segment::AccessRights;
 use crate::emulate::{Code, Compute, Decoded, Gpr, Load, MAX_INSN_LEN, Mode, Plain, Rest, Seg};
 use crate::host::Host;
 use crate::memory::walk::{self, Paging, WalkAccess};
+use crate::vcpu::cpuid::Feature;
+use crate::vcpu::exits::Next;
+use crate::vcpu::state::registers::Registers;
+use crate::vcpu::vmcs::Current;
+use crate::vcpu::{Inner, Vcpu};
 
 /// Device pages remembered; a power of two.
 const PAGES: usize = 4;
@@ -107,7 +108,7 @@ impl Default for Moves {
 
 impl Moves {
     /// The one under way will not be finished.
-    pub(super) fn abandon(&mut self) {
+    pub(in crate::vcpu) fn abandon(&mut self) {
         self.unfinished = None;
     }
 
@@ -224,7 +225,7 @@ fn read_paging<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, known_cr
         cpl,
         pdptes: pdpte.map(|entry| [entry; 4]),
         address_bits: inner.features.physical_bits(),
-        pages_1g: inner.features.has(super::cpuid::Feature::PAGE1GB),
+        pages_1g: inner.features.has(Feature::PAGE1GB),
     };
 }
 
@@ -242,7 +243,7 @@ impl<H: Host> Vcpu<H> {
     /// # Errors
     /// [`Error::Fault`]: the VMCS could not be loaded.
     #[cfg_attr(haxm_module, optimize(speed))]
-    pub(super) fn device_access(
+    pub(in crate::vcpu) fn device_access(
         &self,
         inner: &mut Inner<H>,
         gpa: Gpa,
@@ -348,7 +349,7 @@ impl<H: Host> Vcpu<H> {
     /// The client has served an access of a plain instruction: finishes it, or
     /// goes to the client with its result. Without one nothing happens.
     #[cfg_attr(haxm_module, optimize(speed))]
-    pub(super) fn finish_plain(&self, inner: &mut Inner<H>) -> Next {
+    pub(in crate::vcpu) fn finish_plain(&self, inner: &mut Inner<H>) -> Next {
         let Some(unfinished) = inner.emulation.moves.unfinished.take() else {
             return Next::Resume;
         };

@@ -1,5 +1,7 @@
 //! The guest's MSRs: where each one lives, which values each one takes, and
 //! the store for those that no VMCS field and no processor register holds.
+//! [`list`] reads and writes any of them, [`switched`] has those that the
+//! processor holds, and [`bitmap`] says which accesses exit.
 //!
 //! The list is HAXM's, so that GET_MSRS and SET_MSRS take what clients send.
 //! Added are those of speculation, where the host has them, and what current
@@ -9,6 +11,9 @@
 //! Numbers and fields: SDM vol. 4, chapter 2, table 2-2 "IA-32 Architectural
 //! MSRs", unless a line says otherwise.
 
+pub(super) mod bitmap;
+pub(super) mod list;
+pub(super) mod switched;
 #[cfg(test)]
 mod tests;
 

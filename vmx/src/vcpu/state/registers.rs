@@ -2,11 +2,11 @@
 //! RFLAGS, which live in the VMCS and are read when first asked for and written
 //! back only when changed.
 
-use super::vmcs::Current;
 use crate::arch::field;
 use crate::arch::reg::{Interruptibility, Rflags, gpr};
 use crate::cpu::GuestRegs;
 use crate::host::Host;
+use crate::vcpu::vmcs::Current;
 
 const RIP: u8 = 1 << 0;
 const RSP: u8 = 1 << 1;

@@ -12,13 +12,7 @@
 
 use abi::vcpu_state::SegmentDesc;
 
-use super::events::Delivery;
-use super::handle::Next;
-use super::msr::canonical;
-use super::task_switch::descriptor::{Descriptor, push};
-use super::task_switch::linear::{By, Linear, Stop};
-use super::vmcs::Current;
-use super::{Inner, Vcpu, state};
+use super::Delivery;
 use crate::Error;
 use crate::arch::event::{EventKind, Exception, vector};
 use crate::arch::field;
@@ -26,6 +20,13 @@ use crate::arch::reg::{Cr0, Efer, Rflags, gpr};
 use crate::arch::segment::AccessRights;
 use crate::host::Host;
 use crate::memory::walk::Paging;
+use crate::vcpu::exits::Next;
+use crate::vcpu::msr::canonical;
+use crate::vcpu::state;
+use crate::vcpu::task_switch::descriptor::{Descriptor, push};
+use crate::vcpu::task_switch::linear::{By, Linear, Stop};
+use crate::vcpu::vmcs::Current;
+use crate::vcpu::{Inner, Vcpu};
 
 /// What is not done here.
 const UNSUPPORTED: Stop = Stop::Lost("event delivery through ROM that is not emulated");
@@ -186,7 +187,7 @@ impl<H: Host> Vcpu<H> {
     /// Delivers the event whose delivery wrote to ROM.
     #[cold]
     #[inline(never)]
-    pub(super) fn deliver_over_rom(
+    pub(in crate::vcpu) fn deliver_over_rom(
         &self,
         inner: &mut Inner<H>,
         delivery: Delivery,

@@ -22,7 +22,7 @@ pub use feature::{Feature, Features};
 use abi::cpuid::{CpuidEntry, MAX_CPUID_ENTRIES};
 
 use self::feature::{FORCED, Need, WORDS, Word};
-use super::extended;
+use super::state::extended;
 use crate::arch::control::Secondary;
 use crate::arch::reg::{Cr4, Xcr0};
 use crate::caps::Caps;

@@ -2,9 +2,15 @@
 //! interrupted, and the client's interrupts.
 //!
 //! One event goes in at an entry (SDM 27.6 "Event Injection"). What waits for
-//! delivery is kept here; the client's vectors wait in [`PendingVectors`].
+//! delivery is kept here; the client's vectors wait in [`PendingVectors`], held
+//! back by the [`task_priority`]. [`delivery`] does in software what the
+//! processor cannot.
 
-use super::pending::PendingVectors;
+mod delivery;
+pub(super) mod pending;
+pub(super) mod task_priority;
+
+use self::pending::PendingVectors;
 use super::vmcs::Current;
 use crate::arch::event::{EventKind, Exception, InterruptionInfo, vector};
 use crate::arch::field;

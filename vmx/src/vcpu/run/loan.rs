@@ -3,14 +3,15 @@
 // UNSAFETY: INVVPID and INVEPT, the MSR bitmap's page, and VM entry.
 #![expect(unsafe_code)]
 
-use super::vmcs::Current;
-use super::{Inner, Vcpu, msr_bitmap};
 use crate::Error;
 use crate::arch::ept::{EptVpidCaps, InveptKind, InvvpidKind};
 use crate::arch::field;
 use crate::cpu::{Cpu, VmxFailure, how};
 use crate::host::{CpuOffline, Host, OwnedPage, Pinned, Turn};
 use crate::operation::{Loaded, Loan, NotLoaded};
+use crate::vcpu::msr::bitmap;
+use crate::vcpu::vmcs::Current;
+use crate::vcpu::{Inner, Vcpu};
 
 /// How often a short access waits for another hypervisor to finish its VMXON.
 const TRIES: u32 = 1000;
@@ -19,17 +20,16 @@ const TRIES: u32 = 1000;
 pub fn fill_bitmap<H: Host>(page: &OwnedPage<H>) {
     // SAFETY: a page that is ours and not yet the processor's.
     unsafe {
-        page.pointer()
-            .write_bytes(0xff, msr_bitmap::MSR_BITMAP_SIZE);
+        page.pointer().write_bytes(0xff, bitmap::MSR_BITMAP_SIZE);
     };
-    for (register, write) in msr_bitmap::passed() {
+    for (register, write) in bitmap::passed() {
         pass_through(page, register, write);
     }
 }
 
 /// From now on the guest reads, or writes, the register without an exit.
 pub fn pass_through<H: Host>(page: &OwnedPage<H>, register: u32, write: bool) {
-    if let Some((offset, bit)) = msr_bitmap::place_of(register, write) {
+    if let Some((offset, bit)) = bitmap::place_of(register, write) {
         let at = page.pointer().wrapping_add(usize::from(offset));
         // SAFETY: inside a page that is ours; the processor reads it only while
         // the guest runs, which it does not now.
@@ -88,7 +88,7 @@ impl<H: Host> Vcpu<H> {
     }
 
     /// Runs `call` with the VMCS current and interrupts off.
-    pub(super) fn with_vmcs<R>(
+    pub(in crate::vcpu) fn with_vmcs<R>(
         &self,
         inner: &mut Inner<H>,
         call: impl FnOnce(&Current<'_, H>, &mut Inner<H>) -> R,
@@ -208,13 +208,13 @@ impl<H: Host> Vcpu<H> {
     }
 
     /// Sends a machine check that caused an exit to the host.
-    pub(super) fn raise_host_machine_check(current: &Current<'_, H>) {
+    pub(in crate::vcpu) fn raise_host_machine_check(current: &Current<'_, H>) {
         // SAFETY: called once, right after a machine-check exit.
         unsafe { current.cpu().raise_machine_check() };
     }
 
     /// Sends an NMI that caused an exit to the host.
-    pub(super) fn raise_host_nmi(current: &Current<'_, H>) {
+    pub(in crate::vcpu) fn raise_host_nmi(current: &Current<'_, H>) {
         // SAFETY: called once, right after an NMI exit.
         unsafe { current.cpu().raise_nmi() };
     }

@@ -6,7 +6,7 @@
 // UNSAFETY: reads MSRs that exist and restores host registers.
 #![expect(unsafe_code)]
 
-use super::vmcs::Current;
+use super::Current;
 use crate::arch::reg::Cr4;
 use crate::arch::{field, msr};
 use crate::cpu::{Cpu, TableRegister, UserSelectors};

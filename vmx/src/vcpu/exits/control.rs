@@ -7,8 +7,8 @@ use crate::arch::field;
 use crate::arch::reg::{Cr0, Cr4, DR7_GD, Efer};
 use crate::arch::segment::AccessRights;
 use crate::host::Host;
-use crate::vcpu::modes::Consequences;
-use crate::vcpu::pdptes::Unfinished;
+use crate::vcpu::state::modes::Consequences;
+use crate::vcpu::state::pdptes::Unfinished;
 use crate::vcpu::vmcs::Current;
 use crate::vcpu::{Inner, Vcpu};
 

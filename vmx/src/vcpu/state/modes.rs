@@ -4,9 +4,6 @@
 //! SDM 2.5 "Control Registers", 25.6.6 "Guest/Host Masks and Read Shadows for
 //! CR0 and CR4", 10.8.5 "Initializing IA-32e Mode".
 
-use super::cpuid::Features;
-use super::msr::{GpFault, valid_efer};
-use super::vmcs::Current;
 use crate::arch::control::Entry;
 use crate::arch::event::Exception;
 use crate::arch::field;
@@ -14,6 +11,9 @@ use crate::arch::reg::{Cr0, Cr4, Efer};
 use crate::arch::segment::AccessRights;
 use crate::caps::Caps;
 use crate::host::Host;
+use crate::vcpu::cpuid::Features;
+use crate::vcpu::msr::{GpFault, valid_efer};
+use crate::vcpu::vmcs::Current;
 
 /// CR0 bits that exist; a write drops the others.
 const CR0_DEFINED: Cr0 = Cr0::PE

@@ -8,12 +8,12 @@
 
 use abi::debug::{DebugControl, VcpuDebug};
 
-use super::vmcs::Current;
 use crate::arch::event::vector;
 use crate::arch::field;
 use crate::arch::reg::{DR6_RESET, DR6_WRITABLE, DR7_GD, DR7_RESET, DR7_WRITABLE};
 use crate::cpu::Cpu;
 use crate::host::Host;
+use crate::vcpu::vmcs::Current;
 
 /// The enable bits L0 to G3 of DR7, SDM 18.2.4 "Debug Control Register (DR7)".
 const ENABLES: u64 = 0xff;

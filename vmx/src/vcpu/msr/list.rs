@@ -2,13 +2,15 @@
 
 use abi::msr::{MAX_MSRS, MsrData};
 
-use super::msr::{self, GpFault, Msr};
-use super::vmcs::Current;
-use super::{Inner, Vcpu, loan, pmu};
 use crate::Error;
 use crate::arch::field;
 use crate::cpu::{Cpu, how};
 use crate::host::Host;
+use crate::vcpu::msr::{self, GpFault, Msr};
+use crate::vcpu::run::loan;
+use crate::vcpu::state::pmu;
+use crate::vcpu::vmcs::Current;
+use crate::vcpu::{Inner, Vcpu};
 
 /// Reads an MSR of the guest.
 ///
