@@ -146,6 +146,13 @@ u32 haxm_os_event_pending(void)
 	return (READ_ONCE(current_thread_info()->flags) & HAXM_EVENTS) != 0;
 }
 
+/* KVM has left its guest's values in SYSCALL's registers, for when its thread is back or user space is next. */
+#ifdef _TIF_USER_RETURN_NOTIFY
+#define HAXM_FOREIGN _TIF_USER_RETURN_NOTIFY
+#else
+#define HAXM_FOREIGN 0
+#endif
+
 /*
  * The FPU functions mask preemption, and want interrupts on. The events are
  * looked at when no interrupt can bring one any more: what comes later
@@ -153,17 +160,26 @@ u32 haxm_os_event_pending(void)
  */
 int haxm_os_guest_begin(void)
 {
+	unsigned long flags;
+	int begun;
+
 	kernel_fpu_begin();
 	local_irq_disable();
-	if (unlikely(READ_ONCE(current_thread_info()->flags) & HAXM_EVENTS)) {
-		local_irq_enable();
-		kernel_fpu_end();
-		return -1;
+	flags = READ_ONCE(current_thread_info()->flags);
+	if (unlikely(flags & (HAXM_EVENTS | HAXM_FOREIGN))) {
+		if (flags & HAXM_EVENTS) {
+			local_irq_enable();
+			kernel_fpu_end();
+			return -1;
+		}
+		begun = HAXM_BEGUN_WITH_FOREIGN_MSRS;
+	} else {
+		begun = raw_smp_processor_id();
 	}
 	this_cpu_write(haxm_guest.task, (unsigned long)current);
 	if (unlikely(this_cpu_read(haxm_guest.owed)))
 		haxm_signal_owed();
-	return raw_smp_processor_id();
+	return begun;
 }
 
 void haxm_os_guest_end(void)

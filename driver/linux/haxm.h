@@ -63,6 +63,8 @@ void haxm_os_guest_left(void);
 u32 haxm_os_event_pending(void);
 u64 haxm_os_thread_turn(void);
 void haxm_os_yield(void);
+/* As the processor's number, but another hypervisor's values are in SYSCALL's registers. */
+#define HAXM_BEGUN_WITH_FOREIGN_MSRS (-2)
 int haxm_os_guest_begin(void);
 void haxm_os_guest_end(void);
 void haxm_os_fpu_begin(void);

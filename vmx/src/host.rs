@@ -49,6 +49,8 @@ pub struct Taken {
     pub cpu: usize,
     /// What `interrupts_restore` needs.
     pub saved: usize,
+    /// What [`Host::has_foreign_msrs`] says.
+    pub foreign_msrs: bool,
 }
 
 /// What an operating system must lend us.
@@ -192,6 +194,14 @@ pub unsafe trait Host: Clone + Send + Sync + 'static {
     /// Pairs with `fpu_begin`; XCR0 is the host's again.
     unsafe fn fpu_end(&self);
 
+    /// SYSCALL's registers and TSC_AUX hold values of another hypervisor's guest on this processor.
+    ///
+    /// KVM leaves them there when its thread goes, gives the host its own back on the way to user
+    /// space, and until then counts on finding what it left.
+    fn has_foreign_msrs(&self) -> bool {
+        false
+    }
+
     /// Takes this processor for a guest: the extended registers, as `fpu_begin`
     /// does, preemption, and last the interrupts. `None` if by then an event is
     /// pending; nothing is taken. Use [`Turn::new`].
@@ -208,6 +218,7 @@ pub unsafe trait Host: Clone + Send + Sync + 'static {
         Some(Taken {
             cpu: self.current_cpu(),
             saved,
+            foreign_msrs: self.has_foreign_msrs(),
         })
     }
 
@@ -530,6 +541,12 @@ impl<'h, H: Host> Turn<'h, H> {
     #[must_use]
     pub fn cpu_number(&self) -> usize {
         self.taken.cpu
+    }
+
+    /// What [`Host::has_foreign_msrs`] said.
+    #[must_use]
+    pub fn has_foreign_msrs(&self) -> bool {
+        self.taken.foreign_msrs
     }
 }
 

@@ -5,6 +5,9 @@
 
 use core::ffi::{c_char, c_int, c_void};
 
+/// `HAXM_BEGUN_WITH_FOREIGN_MSRS`.
+pub(crate) const BEGUN_WITH_FOREIGN_MSRS: c_int = -2;
+
 unsafe extern "C" {
     /// Length in bytes; no terminator.
     pub(crate) fn haxm_os_log(level: u32, text: *const u8, length: usize);
@@ -41,7 +44,7 @@ unsafe extern "C" {
     pub(crate) safe fn haxm_os_event_pending() -> u32;
     pub(crate) safe fn haxm_os_thread_turn() -> u64;
     pub(crate) safe fn haxm_os_yield();
-    /// The processor's number, or negative: an event is pending, and nothing was taken.
+    /// The processor's number; or [`BEGUN_WITH_FOREIGN_MSRS`]; or -1: an event is pending, and nothing was taken.
     pub(crate) safe fn haxm_os_guest_begin() -> c_int;
     pub(crate) fn haxm_os_guest_end();
     pub(crate) safe fn haxm_os_fpu_begin();

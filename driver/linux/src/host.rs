@@ -161,8 +161,17 @@ unsafe impl Host for Linux {
 
     fn guest_begin(&self) -> Option<Taken> {
         // Interrupts are on at a request, so there is nothing to save.
-        let cpu = usize::try_from(ffi::haxm_os_guest_begin()).ok()?;
-        Some(Taken { cpu, saved: 0 })
+        let begun = ffi::haxm_os_guest_begin();
+        let (cpu, foreign_msrs) = match usize::try_from(begun) {
+            Ok(cpu) => (cpu, false),
+            Err(_) if begun == ffi::BEGUN_WITH_FOREIGN_MSRS => (self.current_cpu(), true),
+            Err(_) => return None,
+        };
+        Some(Taken {
+            cpu,
+            saved: 0,
+            foreign_msrs,
+        })
     }
 
     unsafe fn guest_end(&self, _: Taken) {

@@ -276,6 +276,10 @@ unsafe impl Host for SimHost {
         self.inner().event_pending.load(Ordering::SeqCst)
     }
 
+    fn has_foreign_msrs(&self) -> bool {
+        self.inner().foreign_msrs.load(Ordering::SeqCst)
+    }
+
     fn fpu_begin(&self) {
         let _inside = fault::inside();
         self.preempt_off();

@@ -305,6 +305,7 @@ pub(crate) struct Inner {
     pub(crate) process: Mutex<Option<Process>>,
     pub(crate) clock: AtomicU64,
     pub(crate) event_pending: AtomicBool,
+    pub(crate) foreign_msrs: AtomicBool,
     pub(crate) keeps_vmxe: AtomicBool,
     pub(crate) tolerates_gs: AtomicBool,
     /// User memory is pinned, not borrowed.
@@ -390,6 +391,7 @@ impl Machine {
             process: Mutex::new(None),
             clock: AtomicU64::new(1),
             event_pending: AtomicBool::new(false),
+            foreign_msrs: AtomicBool::new(false),
             keeps_vmxe: AtomicBool::new(true),
             tolerates_gs: AtomicBool::new(true),
             pins: AtomicBool::new(std::env::var_os("SIM_PIN").is_some()),
@@ -548,6 +550,11 @@ impl Machine {
     /// A machine check comes while the next VM entry loads the guest's state.
     pub fn machine_check_at_entry(&self) {
         self.0.state().check_at_entry = true;
+    }
+
+    /// What [`vmx::host::Host::has_foreign_msrs`] says.
+    pub fn set_foreign_msrs(&self, foreign: bool) {
+        self.0.foreign_msrs.store(foreign, Ordering::SeqCst);
     }
 
     /// What [`vmx::host::Host::event_pending`] says.

@@ -31,7 +31,8 @@ const TSC_AUX: usize = 5;
 pub struct SwitchedMsrs {
     guest: [u64; 6],
     host: [u64; 6],
-    /// Host values of the others are known: they are fixed per processor.
+    /// Host values of the others are known: they are fixed per processor, but
+    /// for [`Host::has_foreign_msrs`].
     host_known: bool,
     /// SYSCALL's registers are the guest's now.
     syscall: bool,
@@ -150,12 +151,13 @@ impl SwitchedMsrs {
     }
 
     /// Gives the processor the guest's values. `syscall`: the guest can
-    /// execute SYSCALL.
+    /// execute SYSCALL. `foreign`: [`Host::has_foreign_msrs`].
     #[inline]
-    pub fn load(&mut self, cpu: &impl Cpu, syscall: bool) {
+    pub fn load(&mut self, cpu: &impl Cpu, syscall: bool, foreign: bool) {
         self.syscall = syscall;
-        if !self.host_known {
+        if !self.host_known || foreign {
             self.learn_host(cpu);
+            self.host_known = !foreign;
         }
         let [guest, ..] = self.guest;
         let [host, ..] = &mut self.host;
@@ -178,7 +180,6 @@ impl SwitchedMsrs {
                 *slot = read(cpu, index);
             }
         }
-        self.host_known = true;
         self.exchanges = self.may_exchange && can_exchange(cpu);
     }
 

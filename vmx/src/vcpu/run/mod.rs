@@ -182,7 +182,7 @@ impl<H: Host> Vcpu<H> {
         inner
             .extended
             .load(current.cpu(), inner.modes.has_osxsave());
-        let next = self.on_loan(inner, &current, turn.cpu_number());
+        let next = self.on_loan(inner, &current, &turn);
         inner.registers.flush(&current);
         inner.extended.save(current.cpu());
         if current.failure().is_some() {
@@ -194,15 +194,16 @@ impl<H: Host> Vcpu<H> {
 
     /// The inner loop. Interrupts are off.
     #[inline(always)]
-    fn on_loan(&self, inner: &mut Inner<H>, current: &Current<'_, H>, cpu_number: usize) -> Next {
-        let cpu = current.cpu();
+    fn on_loan(&self, inner: &mut Inner<H>, current: &Current<'_, H>, turn: &Turn<'_, H>) -> Next {
+        let (cpu, cpu_number) = (current.cpu(), turn.cpu_number());
         inner.host_state.refresh(current);
         let offset = self.guest().tsc_offset();
         if inner.tsc_offset != offset {
             inner.tsc_offset = offset;
             current.write(field::TSC_OFFSET, offset);
         }
-        inner.switched.load(cpu, inner.modes.has_syscall());
+        let syscall = inner.modes.has_syscall();
+        inner.switched.load(cpu, syscall, turn.has_foreign_msrs());
         inner.registers.general.on_loan = 1;
         inner.debug.load(cpu);
         self.load_counters(inner, current);
