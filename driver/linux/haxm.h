@@ -74,25 +74,33 @@ u64 haxm_os_monotonic_ns(void);
 /* signal.c: signals that end RUN though they are blocked */
 u32 haxm_os_hears_signals(void);
 
-/* user.c: a process's address space, and pages shared with it */
+/* user.c: a process's address space */
 void *haxm_os_user_get(void);
 void haxm_os_user_put(void *user);
 u32 haxm_os_user_is_current(void *user);
 u32 haxm_os_user_has_ended(void *user);
+int haxm_os_user_watch(void *user, void *listener);
+void haxm_os_user_unwatch(void *user);
+
+/* fault.c: where its pages are */
 int haxm_os_user_fault_in(void *user, u64 address, u32 write, u32 ahead,
 			  u64 *frame, u32 *writable, u32 *shift);
 void haxm_os_user_present(void *user, u64 first, size_t wanted, u64 *pages,
 			  size_t count);
+
+/* pin.c: its pages held in place */
 u32 haxm_os_user_pins(void);
 int haxm_os_user_pin(void *user, u64 start, size_t count, void **pins);
 u64 haxm_os_user_pinned(void *pins, size_t index);
 void haxm_os_user_unpin(void *pins);
-int haxm_os_user_compare_exchange(u64 address, u32 size, u64 *old,
-				  const u64 *new);
-int haxm_os_user_watch(void *user, void *listener);
-void haxm_os_user_unwatch(void *user);
+
+/* copy.c: the calling process's memory */
 int haxm_os_copy_in(u64 address, void *to, size_t length);
 int haxm_os_copy_out(u64 address, const void *from, size_t length);
+int haxm_os_user_compare_exchange(u64 address, u32 size, u64 *old,
+				  const u64 *new);
+
+/* shared.c: pages that the kernel and one process map */
 void *haxm_os_shared_new(void **kernel, u64 *user);
 void haxm_os_shared_free(void *shared);
 

@@ -37,8 +37,8 @@ pub(crate) const NEEDED: &[&str] = &[
 
 /// The C half and its build files, below `driver/linux`.
 const SHIM: &[&str] = &[
-    "Kbuild", "Makefile", "haxm.h", "module.c", "device.c", "memory.c", "user.c", "cpu.c",
-    "signal.c",
+    "Kbuild", "Makefile", "haxm.h", "user.h", "module.c", "device.c", "memory.c", "user.c",
+    "fault.c", "pin.c", "copy.c", "shared.c", "cpu.c", "signal.c",
 ];
 
 /// Runs the command with the words after its name.
