@@ -3,7 +3,7 @@
 //! Each method is one instruction, or one fixed sequence where single
 //! instructions would make no sense apart. Above this trait everything is
 //! ordinary Rust that `tests/sim` can run; below it there is
-//! [`native`](self::native), the only file with `asm!`.
+//! [`native`](self::native), the only folder with `asm!`.
 // UNSAFETY: declares the methods whose misuse breaks the host.
 #![expect(unsafe_code)]
 

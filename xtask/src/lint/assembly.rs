@@ -39,7 +39,7 @@ mod tests {
     fn only_the_seam_has_assembly() {
         let text = "// asm!\nfn f() {\n unsafe { core::arch::asm!(\"hlt\") } }";
         let found = check(&Files::of(&[
-            ("vmx/src/cpu/native.rs", text),
+            ("vmx/src/cpu/native/mod.rs", text),
             ("tests/conformance/src/main.rs", text),
             ("vmx/src/vcpu/enter.rs", text),
             ("driver/linux/src/lib.rs", "global_asm!(\"\");"),

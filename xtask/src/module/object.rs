@@ -52,7 +52,7 @@ const PANICS: &[&str] = &[
     "begin_unwind",
 ];
 
-/// x87 and state-saving instructions of `vmx/src/cpu/native.rs`, which switch the guest's state.
+/// x87 and state-saving instructions of `vmx/src/cpu/native`, which switch the guest's state.
 const STATE_SWITCH: &[&str] = &[
     "fxsave",
     "fxsave64",
