@@ -157,6 +157,8 @@ pub struct Caps {
     pub counters: Counters,
     /// XSAVES and XRSTORS work in a guest, whose IA32_XSS is 0 like the host's.
     pub has_xsaves: bool,
+    /// The host may have made split locks fault.
+    pub has_split_lock_disable: bool,
     /// Bits of a physical address, CPUID.80000008H:EAX\[7:0\].
     pub physical_bits: u8,
 }
@@ -411,6 +413,25 @@ pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
         speculation: Speculation::examine(cpu),
         counters: Counters::examine(cpu, switches_counters),
         has_xsaves,
+        has_split_lock_disable: has_split_lock_disable(cpu),
         physical_bits,
     })
+}
+
+/// SDM 9.1.2.3 "Features to Disable Bus Locks". Ice Lake's have it without saying so (SDM
+/// vol. 4, the tables of 06_6AH, 06_6CH and 06_7EH).
+fn has_split_lock_disable(cpu: &impl Cpu) -> bool {
+    // SDM vol. 2, CPUID leaf 1: extended model, model, family; no stepping.
+    if matches!(
+        cpu.cpuid(1, 0).eax & 0x0fff_3ff0,
+        0x6_06a0 | 0x6_06c0 | 0x7_06e0
+    ) {
+        return true;
+    }
+    let has_capabilities = cpu.cpuid(0, 0).eax >= 7 && cpu.cpuid(7, 0).edx & (1 << 30) != 0;
+    // SAFETY: CPUID.7.0:EDX[30] says that the register exists.
+    #[expect(unsafe_code)]
+    // UNSAFETY: RDMSR of a register that was just shown to exist.
+    let read = || unsafe { cpu.rdmsr(msr::IA32_CORE_CAPABILITIES) };
+    has_capabilities && read() & msr::SPLIT_LOCK_DISABLE_SUPPORTED != 0
 }

@@ -81,7 +81,7 @@ pub(crate) fn msr_accepts(profile: &Profile, number: u32, value: u64) -> bool {
         msr::IA32_PRED_CMD | msr::IA32_FLUSH_CMD => value & !1 == 0,
         msr::IA32_XSS => value == 0,
         msr::IA32_FEATURE_CONTROL => profile.msr(number) & 1 == 0,
-        0x480..=0x491 | 0xfe | msr::IA32_ARCH_CAPABILITIES => false,
+        0x480..=0x491 | 0xfe | msr::IA32_ARCH_CAPABILITIES | msr::IA32_CORE_CAPABILITIES => false,
         _ => true,
     }
 }

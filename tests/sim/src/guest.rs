@@ -255,6 +255,22 @@ impl Guest<'_> {
         Ok(())
     }
 
+    /// An access to two cache lines under LOCK.
+    pub(crate) fn split_lock(&self) -> Result<(), Stop> {
+        let control = self.inner.state().cpus[self.cpu]
+            .msrs
+            .get(&msr::MSR_MEMORY_CTRL)
+            .copied();
+        if control.unwrap_or(0) & msr::SPLIT_LOCK_DISABLE != 0 {
+            return Err(Stop::Fault {
+                vector: 17,
+                error_code: Some(0),
+                cr2: 0,
+            });
+        }
+        Ok(())
+    }
+
     /// WRMSR.
     pub(crate) fn wrmsr(&mut self, number: u32, value: u64) -> Result<(), Stop> {
         self.regs.gpr[1] = u64::from(number);

@@ -130,6 +130,7 @@ pub(crate) struct HostRegisters(pub(crate) Vec<(&'static str, u64)>);
 
 /// MSRs that belong to the host or its processes, by name.
 const HOST_MSRS: &[(u32, &str)] = &[
+    (msr::MSR_MEMORY_CTRL, "MSR_MEMORY_CTRL"),
     (msr::IA32_SYSENTER_CS, "IA32_SYSENTER_CS"),
     (msr::IA32_SYSENTER_ESP, "IA32_SYSENTER_ESP"),
     (msr::IA32_SYSENTER_EIP, "IA32_SYSENTER_EIP"),

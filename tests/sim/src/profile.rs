@@ -497,6 +497,22 @@ impl Profile {
         self
     }
 
+    /// Split locks fault, as its host wants it; IA32_CORE_CAPABILITIES says that they can if
+    /// `told`.
+    #[must_use]
+    pub fn with_split_lock_faults(mut self, told: bool) -> Self {
+        self.msrs
+            .insert(msr::MSR_MEMORY_CTRL, msr::SPLIT_LOCK_DISABLE);
+        if told {
+            self.cpuid.entry((7, 0)).or_default().edx |= 1 << 30;
+            self.msrs.insert(
+                msr::IA32_CORE_CAPABILITIES,
+                msr::SPLIT_LOCK_DISABLE_SUPPORTED,
+            );
+        }
+        self
+    }
+
     /// The value of an MSR at start; 0 if it is not there.
     #[must_use]
     pub fn msr(&self, number: u32) -> u64 {

@@ -241,6 +241,13 @@ impl Step {
         })
     }
 
+    /// A locked instruction whose operand is in two cache lines, SDM 9.1.2.3 "Features to
+    /// Disable Bus Locks".
+    #[must_use]
+    pub fn split_lock() -> Self {
+        Self::new("split lock", 3, |guest| guest.split_lock())
+    }
+
     /// An instruction that exits whatever the controls say, or one the test
     /// knows to: exit reason, qualification, length.
     #[must_use]

@@ -17,6 +17,14 @@ pub const IA32_TSC: u32 = 0x10;
 pub const IA32_APIC_BASE: u32 = 0x1b;
 /// TSC adjustment.
 pub const IA32_TSC_ADJUST: u32 = 0x3b;
+/// What memory accesses may do, SDM 9.1.2.3 "Features to Disable Bus Locks".
+pub const MSR_MEMORY_CTRL: u32 = 0x33;
+/// Of that: split locks raise #AC.
+pub const SPLIT_LOCK_DISABLE: u64 = 1 << 29;
+/// What the core can do.
+pub const IA32_CORE_CAPABILITIES: u32 = 0xcf;
+/// Of that: [`SPLIT_LOCK_DISABLE`].
+pub const SPLIT_LOCK_DISABLE_SUPPORTED: u64 = 1 << 5;
 /// Speculation control.
 pub const IA32_SPEC_CTRL: u32 = 0x48;
 /// Prediction command.

@@ -54,6 +54,7 @@ use state::modes::Modes;
 use state::pdptes::Unfinished;
 use state::pmu::Pmu;
 use state::registers::Registers;
+use state::split_lock::SplitLocks;
 use vmcs::Current;
 use vmcs::host_state::HostState;
 use vmcs::setup;
@@ -74,6 +75,7 @@ pub struct Inner<H: Host> {
     msrs: Box<MsrStore>,
     pmu: Box<Pmu>,
     debug: DebugRegisters,
+    split_locks: SplitLocks,
     host_state: HostState,
     emulation: Box<Emulation>,
     reserve: Reserve<H>,
@@ -171,6 +173,7 @@ impl<H: Host> Inner<H> {
             msrs: try_box(MsrStore::new(id == 0))?,
             pmu: try_box(Pmu::default())?,
             debug: DebugRegisters::default(),
+            split_locks: SplitLocks::default(),
             host_state: HostState::default(),
             emulation: Emulation::boxed()?,
             reserve: Reserve::new(),

@@ -36,6 +36,7 @@ const FILES: &[&str] = &[
     "vmx/src/vcpu/state/debug.rs",
     "vmx/src/vcpu/state/extended.rs",
     "vmx/src/vcpu/state/pmu.rs",
+    "vmx/src/vcpu/state/split_lock.rs",
     "vmx/src/vcpu/vmcs/host_state.rs",
     "vmx/src/vcpu/vmcs/mod.rs",
 ];

@@ -6,6 +6,8 @@ use zerocopy::IntoBytes;
 use super::{Next, advance, lost, raise};
 use crate::arch::event::{EventKind, Exception, InterruptionInfo, vector};
 use crate::arch::field;
+use crate::arch::reg::{Cr0, Rflags};
+use crate::arch::segment::AccessRights;
 use crate::host::Host;
 use crate::vcpu::vmcs::Current;
 use crate::vcpu::{Inner, Vcpu};
@@ -47,6 +49,13 @@ pub fn handle<H: Host>(
             log::error!("machine check while the guest ran");
             lost(inner, "machine check")
         }
+        vector::AC
+            if !checks_alignment(inner, current)
+                && inner.split_locks.allow(current.cpu(), vcpu.guest().caps()) =>
+        {
+            log::info!("the guest uses split locks: they are allowed while it runs");
+            Next::Resume
+        }
         number => {
             let error_code = info
                 .has_error_code()
@@ -59,6 +68,14 @@ pub fn handle<H: Host>(
             raise(vcpu, inner, exception)
         }
     }
+}
+
+/// An #AC can be an alignment check, SDM 6.15 "Interrupt 17". All three are as they were at
+/// the access.
+fn checks_alignment<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> bool {
+    let user = AccessRights::from_bits_retain(current.get(field::GUEST_SS_RIGHTS)).dpl() == 3;
+    let masked = current.read(field::GUEST_CR0) & Cr0::AM.bits() == 0;
+    user && !masked && inner.registers.rflags(current) & Rflags::AC.bits() != 0
 }
 
 fn debug_exception<H: Host>(

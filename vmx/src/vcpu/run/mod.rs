@@ -206,6 +206,7 @@ impl<H: Host> Vcpu<H> {
         inner.switched.load(cpu, syscall, turn.has_foreign_msrs());
         inner.registers.general.on_loan = 1;
         inner.debug.load(cpu);
+        inner.split_locks.load(cpu);
         self.load_counters(inner, current);
         self.guest().set_position(self.id(), cpu_number);
         let mut left = EXITS_PER_LOAN;
@@ -233,6 +234,7 @@ impl<H: Host> Vcpu<H> {
         };
         self.channel.set_ready(u32::from(ready));
         self.unload_counters(inner, current);
+        inner.split_locks.restore(cpu);
         inner.debug.restore(cpu);
         inner.registers.general.on_loan = 0;
         inner.switched.restore(cpu);

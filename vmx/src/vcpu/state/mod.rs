@@ -8,6 +8,7 @@ pub(super) mod modes;
 pub(super) mod pdptes;
 pub(super) mod pmu;
 pub(super) mod registers;
+pub(super) mod split_lock;
 
 use abi::vcpu_state::{SegmentDesc, VcpuState};
 
