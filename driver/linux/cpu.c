@@ -156,30 +156,32 @@ u32 haxm_os_event_pending(void)
 /*
  * The FPU functions mask preemption, and want interrupts on. The events are
  * looked at when no interrupt can bring one any more: what comes later
- * interrupts the guest.
+ * interrupts the guest. So it is with blocked signals: who sends one counts it,
+ * then looks for the guest; here the guest is made known, then the count is looked at.
+ * The barrier, and the one in haxm_signal(), see to it that one of the two
+ * sees the other.
  */
-int haxm_os_guest_begin(void)
+int haxm_os_guest_begin(u32 signals)
 {
 	unsigned long flags;
-	int begun;
 
 	kernel_fpu_begin();
 	local_irq_disable();
-	flags = READ_ONCE(current_thread_info()->flags);
-	if (unlikely(flags & (HAXM_EVENTS | HAXM_FOREIGN))) {
-		if (flags & HAXM_EVENTS) {
-			local_irq_enable();
-			kernel_fpu_end();
-			return -1;
-		}
-		begun = HAXM_BEGUN_WITH_FOREIGN_MSRS;
-	} else {
-		begun = raw_smp_processor_id();
-	}
-	this_cpu_write(haxm_guest.task, (unsigned long)current);
 	if (unlikely(this_cpu_read(haxm_guest.owed)))
 		haxm_signal_owed();
-	return begun;
+	this_cpu_write(haxm_guest.task, (unsigned long)current);
+	smp_mb();
+	flags = READ_ONCE(current_thread_info()->flags);
+	if (unlikely(flags & HAXM_EVENTS) ||
+	    unlikely(haxm_os_signals_sent() != signals)) {
+		this_cpu_write(haxm_guest.task, (unsigned long)current | HAXM_OUTSIDE);
+		local_irq_enable();
+		kernel_fpu_end();
+		return -1;
+	}
+	if (unlikely(flags & HAXM_FOREIGN))
+		return HAXM_BEGUN_WITH_FOREIGN_MSRS;
+	return raw_smp_processor_id();
 }
 
 void haxm_os_guest_end(void)

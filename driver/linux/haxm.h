@@ -65,7 +65,7 @@ u64 haxm_os_thread_turn(void);
 void haxm_os_yield(void);
 /* As the processor's number, but another hypervisor's values are in SYSCALL's registers. */
 #define HAXM_BEGUN_WITH_FOREIGN_MSRS (-2)
-int haxm_os_guest_begin(void);
+int haxm_os_guest_begin(u32 signals);
 void haxm_os_guest_end(void);
 void haxm_os_fpu_begin(void);
 void haxm_os_fpu_end(void);
@@ -73,6 +73,7 @@ u64 haxm_os_monotonic_ns(void);
 
 /* signal.c: signals that end RUN though they are blocked */
 u32 haxm_os_hears_signals(void);
+u32 haxm_os_signals_sent(void);
 
 /* user.c: a process's address space */
 void *haxm_os_user_get(void);

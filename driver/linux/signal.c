@@ -13,10 +13,13 @@
  * receiver hears of it when the sender calls RUN again. By then QEMU has given up
  * its one lock, and the receiver need not sleep for it: that would cost more.
  *
- * One that is sent while the thread is on its way into the guest is missed, and
- * waits for the tick as all did.
+ * One that is sent while the thread is in RUN and not in the guest, on its way there or
+ * after a page, is counted. RUN compares the count with that of its beginning when
+ * signals interrupt the guest from then on (haxm_os_guest_begin).
  */
 
+#include <linux/atomic.h>
+#include <linux/hash.h>
 #include <linux/percpu.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
@@ -44,6 +47,18 @@ void haxm_signal_owed(void)
 static struct tracepoint *haxm_signals;
 
 /*
+ * Signals sent to threads that block them. Threads that share a place end each other's
+ * RUN without need, and that is all.
+ */
+#define HAXM_PLACES_LOG 6
+static atomic_t haxm_sent[1 << HAXM_PLACES_LOG];
+
+static atomic_t *haxm_sent_to(struct task_struct *task)
+{
+	return &haxm_sent[hash_ptr(task, HAXM_PLACES_LOG)];
+}
+
+/*
  * The receiver's sighand->siglock is held, so what it blocks stays the same, and
  * interrupts are off.
  */
@@ -51,10 +66,15 @@ static void haxm_signal(void *data, int number, struct kernel_siginfo *info,
 			struct task_struct *task, int group, int result)
 {
 	struct haxm_guest *here = this_cpu_ptr(&haxm_guest);
-	unsigned int cpu = task_cpu(task);
+	unsigned int cpu;
 
-	if (group || !sigismember(&task->blocked, number) ||
-	    READ_ONCE(per_cpu(haxm_guest.task, cpu)) != (unsigned long)task)
+	if (group || !sigismember(&task->blocked, number))
+		return;
+	atomic_inc(haxm_sent_to(task));
+	/* See haxm_os_guest_begin(). */
+	smp_mb__after_atomic();
+	cpu = task_cpu(task);
+	if (READ_ONCE(per_cpu(haxm_guest.task, cpu)) != (unsigned long)task)
 		return;
 	if (here->task == ((unsigned long)current | HAXM_OUTSIDE) &&
 	    here->owed < ARRAY_SIZE(here->cpus))
@@ -91,6 +111,11 @@ u32 haxm_os_hears_signals(void)
 {
 	return haxm_signals != NULL;
 }
+
+u32 haxm_os_signals_sent(void)
+{
+	return atomic_read(haxm_sent_to(current));
+}
 #else
 void haxm_signal_init(void)
 {
@@ -101,6 +126,11 @@ void haxm_signal_exit(void)
 }
 
 u32 haxm_os_hears_signals(void)
+{
+	return 0;
+}
+
+u32 haxm_os_signals_sent(void)
 {
 	return 0;
 }

@@ -180,6 +180,12 @@ pub unsafe trait Host: Clone + Send + Sync + 'static {
     /// processor to another, and between threads. Interrupts are off.
     fn thread_turn(&self) -> u64;
 
+    /// A number that changes when this thread is sent a signal that it blocks; with others'
+    /// too, perhaps. 0 where the host does not tell.
+    fn signals_sent(&self) -> u32 {
+        0
+    }
+
     /// Lets another thread have the processor for a while. May sleep.
     fn yield_now(&self);
 
@@ -204,22 +210,28 @@ pub unsafe trait Host: Clone + Send + Sync + 'static {
 
     /// Takes this processor for a guest: the extended registers, as `fpu_begin`
     /// does, preemption, and last the interrupts. `None` if by then an event is
-    /// pending; nothing is taken. Use [`Turn::new`].
+    /// pending, or `signals_sent` is not `signals` any more; nothing is taken. What comes
+    /// later interrupts the processor. Use [`Turn::new`].
     ///
     /// One call because it is made for each RUN: a host can do better than the
     /// sum of the parts.
-    fn guest_begin(&self) -> Option<Taken> {
+    fn guest_begin(&self, signals: u32) -> Option<Taken> {
         if self.event_pending() {
             return None;
         }
         self.preempt_off();
         self.fpu_begin();
-        let saved = self.interrupts_save();
-        Some(Taken {
+        let taken = Taken {
+            saved: self.interrupts_save(),
             cpu: self.current_cpu(),
-            saved,
             foreign_msrs: self.has_foreign_msrs(),
-        })
+        };
+        if self.signals_sent() != signals {
+            // SAFETY: pairs with what was just taken; no guest ran.
+            unsafe { self.guest_end(taken) };
+            return None;
+        }
+        Some(taken)
     }
 
     /// Undoes `guest_begin`, `guest_left` included.
@@ -526,10 +538,10 @@ pub struct Turn<'h, H: Host> {
 
 impl<'h, H: Host> Turn<'h, H> {
     /// Takes the processor; `None` if the host wants the thread for something
-    /// else.
+    /// else, or a signal came since [`Host::signals_sent`] was `signals`.
     #[inline]
-    pub fn new(host: &'h H) -> Option<Self> {
-        let taken = host.guest_begin()?;
+    pub fn new(host: &'h H, signals: u32) -> Option<Self> {
+        let taken = host.guest_begin(signals)?;
         Some(Self {
             host,
             taken,

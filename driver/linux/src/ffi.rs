@@ -45,13 +45,14 @@ unsafe extern "C" {
     pub(crate) safe fn haxm_os_thread_turn() -> u64;
     pub(crate) safe fn haxm_os_yield();
     /// The processor's number; or [`BEGUN_WITH_FOREIGN_MSRS`]; or -1: an event is pending, and nothing was taken.
-    pub(crate) safe fn haxm_os_guest_begin() -> c_int;
+    pub(crate) safe fn haxm_os_guest_begin(signals: u32) -> c_int;
     pub(crate) fn haxm_os_guest_end();
     pub(crate) safe fn haxm_os_fpu_begin();
     pub(crate) fn haxm_os_fpu_end();
     pub(crate) safe fn haxm_os_monotonic_ns() -> u64;
 
     pub(crate) safe fn haxm_os_hears_signals() -> u32;
+    pub(crate) safe fn haxm_os_signals_sent() -> u32;
 
     /// The calling process; null if there is none, or no memory.
     pub(crate) safe fn haxm_os_user_get() -> *mut c_void;

@@ -147,6 +147,10 @@ unsafe impl Host for Linux {
         ffi::haxm_os_hears_signals() != 0
     }
 
+    fn signals_sent(&self) -> u32 {
+        ffi::haxm_os_signals_sent()
+    }
+
     fn thread_turn(&self) -> u64 {
         ffi::haxm_os_thread_turn()
     }
@@ -159,9 +163,9 @@ unsafe impl Host for Linux {
         ffi::haxm_os_event_pending() != 0
     }
 
-    fn guest_begin(&self) -> Option<Taken> {
+    fn guest_begin(&self, signals: u32) -> Option<Taken> {
         // Interrupts are on at a request, so there is nothing to save.
-        let begun = ffi::haxm_os_guest_begin();
+        let begun = ffi::haxm_os_guest_begin(signals);
         let (cpu, foreign_msrs) = match usize::try_from(begun) {
             Ok(cpu) => (cpu, false),
             Err(_) if begun == ffi::BEGUN_WITH_FOREIGN_MSRS => (self.current_cpu(), true),

@@ -256,6 +256,10 @@ unsafe impl Host for SimHost {
         self.inner().state().cpus[cpu].tr_limit = TR_LIMIT;
     }
 
+    fn signals_sent(&self) -> u32 {
+        self.inner().signals.load(Ordering::SeqCst)
+    }
+
     fn thread_turn(&self) -> u64 {
         let _inside = fault::inside();
         if thread(|t| t.masked.get() == 0) {

@@ -1,7 +1,7 @@
 //! The simulated machine: processors, VMCSs, memory, and what went wrong.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmx::arch::msr;
@@ -307,6 +307,7 @@ pub(crate) struct Inner {
     pub(crate) clock: AtomicU64,
     pub(crate) event_pending: AtomicBool,
     pub(crate) foreign_msrs: AtomicBool,
+    pub(crate) signals: AtomicU32,
     pub(crate) keeps_vmxe: AtomicBool,
     pub(crate) tolerates_gs: AtomicBool,
     /// User memory is pinned, not borrowed.
@@ -393,6 +394,7 @@ impl Machine {
             clock: AtomicU64::new(1),
             event_pending: AtomicBool::new(false),
             foreign_msrs: AtomicBool::new(false),
+            signals: AtomicU32::new(0),
             keeps_vmxe: AtomicBool::new(true),
             tolerates_gs: AtomicBool::new(true),
             pins: AtomicBool::new(std::env::var_os("SIM_PIN").is_some()),
@@ -561,6 +563,12 @@ impl Machine {
     /// What [`vmx::host::Host::event_pending`] says.
     pub fn set_event_pending(&self, pending: bool) {
         self.0.event_pending.store(pending, Ordering::SeqCst);
+    }
+
+    /// A signal is sent to a thread that blocks it and is not in the guest: no interrupt
+    /// comes of it.
+    pub fn send_signal(&self) {
+        self.0.signals.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Whether each time a thread takes a processor it gets another one.

@@ -75,6 +75,25 @@ fn a_signal_comes_before_the_pdptes() {
     }
 }
 
+/// A signal that comes after RUN was called and finds the thread outside of the guest, here
+/// while a page is mapped. One from before is the client's to see.
+#[test]
+fn a_signal_on_the_way_into_the_guest() {
+    let client = client();
+    client.machine.send_signal();
+    assert_eq!(client.run([Step::output(1, 1, 1)]), ExitStatus::Io);
+    let machine = client.machine.clone();
+    let sent = Step::act(move |_| machine.send_signal());
+    let before = client.machine.counts().exits_total();
+    assert_eq!(
+        client.run([sent, Step::write(0x5000, 1, 1, 2), Step::output(2, 1, 1)]),
+        ExitStatus::Interrupt
+    );
+    assert_eq!(client.machine.counts().exits_total(), before + 1);
+    assert_eq!(client.run([]), ExitStatus::Io);
+    client.finish();
+}
+
 #[test]
 fn a_host_nmi_reaches_the_host_once() {
     let client = client();

@@ -109,6 +109,8 @@ pub struct Inner<H: Host> {
     /// The guest sent an interprocessor interrupt by the client's APIC, which
     /// knows it when the next RUN comes.
     sent_ipi: bool,
+    /// [`Host::signals_sent`] when RUN was called: one that comes later ends it.
+    signals: u32,
     /// Nothing else would tell the other vCPUs: see [`Host::hears_signals`].
     looks_for_ipis: bool,
     /// The guest is lost; every RUN says so.
@@ -192,6 +194,7 @@ impl<H: Host> Inner<H> {
             step_due: false,
             quiet: false,
             sent_ipi: false,
+            signals: 0,
             looks_for_ipis: !host.hears_signals(),
             dead: false,
             exits: try_box([0; ExitReason::COUNT])?,

@@ -65,6 +65,7 @@ mod registers;
 mod requests;
 mod robustness;
 mod rom_delivery;
+mod signals;
 mod smp;
 mod string_io;
 mod task_switch;
@@ -206,6 +207,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "smp",
         cases: smp::CASES,
+    },
+    Group {
+        name: "signals",
+        cases: signals::CASES,
     },
     Group {
         name: "robustness",

@@ -1,8 +1,7 @@
 //! Two vCPUs in two threads; requests from other threads while a vCPU runs; memory that changes under running
 //! guests. With one processor the threads take turns.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,7 +25,6 @@ pub const CASES: &[Case] = &[
     case!(get_regs_while_running),
     case!(interrupt_from_another_thread),
     case!(user_event_from_another_thread),
-    case!(a_blocked_signal_ends_run),
     case!(tsc_agrees),
     case!(tsc_set_on_one),
     case!(vcpu_moves_between_threads),
@@ -40,7 +38,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// The result of a thread.
-fn join<T>(handle: thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
+pub(super) fn join<T>(handle: thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
     handle.join().map_err(|_| anyhow!("a thread panicked"))?
 }
 
@@ -158,7 +156,7 @@ fn while_running<T: Send>(machine: &Machine, body: impl FnOnce() -> Result<T> + 
     })
 }
 
-fn spinning() -> Result<Machine> {
+pub(super) fn spinning() -> Result<Machine> {
     Machine::new(
         Mode::Long,
         guest!(64: "2: inc qword ptr [0xc000]", "jmp 2b"),
@@ -166,7 +164,7 @@ fn spinning() -> Result<Machine> {
 }
 
 /// Waits until the guest has counted further.
-fn counts(ram: &Ram) -> Outcome {
+pub(super) fn counts(ram: &Ram) -> Outcome {
     let (start, before) = (Instant::now(), ram.u64(DATA));
     while ram.u64(DATA) == before {
         ensure!(
@@ -179,7 +177,7 @@ fn counts(ram: &Ram) -> Outcome {
 }
 
 /// Whether there are two processors. With one, RUN is over whenever another thread gets to run.
-fn side_by_side() -> bool {
+pub(super) fn side_by_side() -> bool {
     thread::available_parallelism().is_ok_and(|count| count.get() > 1)
 }
 
@@ -293,75 +291,6 @@ fn user_event_from_another_thread() -> Outcome {
 }
 
 /// One clock: what a vCPU reads after another has read is later.
-/// QEMU's threads tell each other by a signal that the vCPU's thread blocks. RUN returns without waiting
-/// for the host's timer, and the signal waits on.
-// UNSAFETY: signals.
-#[allow(unsafe_code)]
-fn a_blocked_signal_ends_run() -> Outcome {
-    const ROUNDS: u32 = 40;
-    /// The timer of a kernel with 250 Hz comes after 2 ms in the mean.
-    const SOON: Duration = Duration::from_micros(500);
-    if !side_by_side() {
-        return Ok(());
-    }
-    let machine = spinning()?;
-    let (returns, stop) = (AtomicU32::new(0), AtomicBool::new(false));
-    thread::scope(|scope| {
-        let (ready, thread_of) = mpsc::channel();
-        let (returns, stop, machine) = (&returns, &stop, &machine);
-        let runner = scope.spawn(move || -> Outcome {
-            // SAFETY: a set of signals on the stack, and a mask of this thread only.
-            let mut blocked = unsafe { std::mem::zeroed::<libc::sigset_t>() };
-            // SAFETY: as above.
-            unsafe { libc::sigaddset(&raw mut blocked, libc::SIGUSR1) };
-            // SAFETY: as above.
-            unsafe {
-                libc::pthread_sigmask(libc::SIG_BLOCK, &raw const blocked, std::ptr::null_mut())
-            };
-            // SAFETY: a number.
-            ready.send(unsafe { libc::pthread_self() })?;
-            while !stop.load(Ordering::Acquire) {
-                same!(machine.run_once()?, Exit::Interrupt, "RUN");
-                returns.fetch_add(1, Ordering::AcqRel);
-            }
-            // SAFETY: as above.
-            unsafe { libc::sigpending(&raw mut blocked) };
-            // SAFETY: as above.
-            let pending = unsafe { libc::sigismember(&raw const blocked, libc::SIGUSR1) };
-            same!(pending, 1, "SIGUSR1 is pending");
-            Ok(())
-        });
-        let result = thread_of.recv().context("the thread").and_then(|thread| {
-            let mut soon = 0;
-            for round in 0..ROUNDS {
-                counts(&machine.ram)?;
-                // Not in step with the timer.
-                thread::sleep(Duration::from_micros(u64::from(round) * 137));
-                counts(&machine.ram)?;
-                let (before, start) = (returns.load(Ordering::Acquire), Instant::now());
-                // SAFETY: the thread runs until `stop`.
-                unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
-                while returns.load(Ordering::Acquire) == before {
-                    ensure!(
-                        start.elapsed() < Duration::from_secs(2),
-                        "RUN does not return"
-                    );
-                    std::hint::spin_loop();
-                }
-                soon += u32::from(start.elapsed() < SOON);
-            }
-            ensure!(
-                soon >= ROUNDS * 3 / 4,
-                "only {soon} of {ROUNDS} returned soon"
-            );
-            Ok(())
-        });
-        stop.store(true, Ordering::Release);
-        join(runner)?;
-        result
-    })
-}
-
 fn tsc_agrees() -> Outcome {
     let code = guest!(64: "2: rdtsc", "shl rdx, 32", "or rax, rdx", "out 0x80, al", "jmp 2b");
     let (machine, two) = pair(code.bits64)?;

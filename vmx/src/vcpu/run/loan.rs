@@ -58,7 +58,7 @@ impl<H: Host> Vcpu<H> {
     /// Takes the VMCS from another processor, if it is there. The turn ends for
     /// that; `None` if the host wants the thread for something else then.
     #[inline(never)]
-    pub(super) fn bring_here<'a>(&'a self, turn: Turn<'a, H>) -> Option<Turn<'a, H>> {
+    pub(super) fn bring_here<'a>(&'a self, turn: Turn<'a, H>, signals: u32) -> Option<Turn<'a, H>> {
         let platform = self.guest().membership().platform();
         let operation = platform.operation();
         if !operation.is_elsewhere(self.place, turn.cpu_number()) {
@@ -67,7 +67,7 @@ impl<H: Host> Vcpu<H> {
         drop(turn);
         // Nobody else makes it active again: the vCPU is locked.
         operation.evict(self.place);
-        Turn::new(platform.host())
+        Turn::new(platform.host(), signals)
     }
 
     /// Loads the VMCS, which is active here or nowhere, until `slot` is dropped.

@@ -66,8 +66,10 @@ impl<H: Host> Vcpu<H> {
     /// entry failed. [`Error::Fault`]: the VMCS could not be loaded.
     #[cfg_attr(haxm_module, optimize(speed))]
     pub fn run(&self) -> Result<(), Error> {
+        let signals = self.guest().host().signals_sent();
         let running = Running::start(self)?;
         let mut inner = self.inner.lock();
+        inner.signals = signals;
         let status = self.until_exit(&mut inner)?;
         self.channel.set_exit_status(status.raw());
         let apic_base = inner.msrs.apic_base();
@@ -160,14 +162,14 @@ impl<H: Host> Vcpu<H> {
     fn in_guest(&self, inner: &mut Inner<H>) -> Result<Next, Error> {
         let platform = self.guest().membership().platform();
         let operation = platform.operation();
-        let Some(mut turn) = Turn::new(platform.host()) else {
+        let Some(mut turn) = Turn::new(platform.host(), inner.signals) else {
             return Ok(Next::Leave(ExitStatus::Interrupt));
         };
         let mut loan = None;
         let loaded = match operation.still_active(&turn, self.place) {
             Some(loaded) => loaded,
             None => {
-                turn = match self.bring_here(turn) {
+                turn = match self.bring_here(turn, inner.signals) {
                     Some(turn) => turn,
                     None => return Ok(Next::Leave(ExitStatus::Interrupt)),
                 };
