@@ -2,6 +2,7 @@
 //! times in one boot of the emulated PC. After each break the module is loaded unbroken and the same cases must pass:
 //! what a break leaves behind is not taken for the next one's.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -65,13 +66,13 @@ pub(super) fn run(
     if !switched.is_empty() {
         let module = build(copy, mutants)?;
         let numbers = |m: &&Mutant| number_of(mutants, m);
-        for cpus in 1..=8 {
-            let some: Vec<&Mutant> = switched
-                .iter()
-                .copied()
-                .filter(|m| m.cpus == cpus)
-                .collect();
-            boots(&module, &client, &some, &numbers, results)?;
+        let mut machines: BTreeMap<_, Vec<&Mutant>> = BTreeMap::new();
+        for mutant in switched {
+            let machine = (mutant.huge_page, mutant.cpus);
+            machines.entry(machine).or_default().push(mutant);
+        }
+        for some in machines.values() {
+            boots(&module, &client, some, &numbers, results)?;
         }
     }
     for mutant in rebuilt {
@@ -98,7 +99,7 @@ fn module_of(copy: &Copy) -> Result<PathBuf> {
     conformance::stripped(&module)
 }
 
-/// Boots until each of these has a verdict.
+/// Boots until each of these, which want the same PC, has a verdict.
 fn boots(
     module: &Path,
     client: &Path,
@@ -119,8 +120,13 @@ fn boots(
             )?;
         }
         let start = Instant::now();
-        let outcome = conformance::pc(module, client, &script)
-            .cpus(some.first().map_or(1, |m| m.cpus))
+        let first = some.first();
+        let pc = match first {
+            Some(mutant) if mutant.huge_page => conformance::huge_page_pc,
+            _ => conformance::pc,
+        };
+        let outcome = pc(module, client, &script)
+            .cpus(first.map_or(1, |m| m.cpus))
             .timeout(Duration::from_secs(3600))
             .silence(SILENCE)
             .run(&mut io::sink())?;

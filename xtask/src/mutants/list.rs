@@ -15,7 +15,7 @@
 //! - `host`: a file of tests (`src/lib.rs` for those inside a crate) and words that a test's name contains. One of the
 //!   tests must fail. `guest`: conformance cases, by words that their names contain; one must fail for each word. Each
 //!   of the lines may be there several times.
-//! - `cpus 2`: the conformance cases want so many processors.
+//! - `cpus 2`: the conformance cases want so many processors. `huge-page`: they want a PC with a page of 1 GB.
 //! - `dies`: a test that hangs or ends the process or the machine is caught too.
 //! - `rebuild`: the place is no expression (a constant, a pattern): it is replaced before a build of its own.
 
@@ -46,6 +46,8 @@ pub(crate) struct Mutant {
     pub(crate) guest: Vec<String>,
     /// Processors of the emulated PC.
     pub(crate) cpus: u32,
+    /// Whether that PC has a page of 1 GB to give.
+    pub(crate) huge_page: bool,
     /// Whether an end without a verdict counts.
     pub(crate) dies: bool,
     /// Whether it takes a build of its own.
@@ -200,6 +202,7 @@ impl Reader<'_> {
                 "host" => mutant.host.push(self.host_test(value)?),
                 "guest" => self.guest_cases(value, &mut mutant.guest)?,
                 "cpus" => mutant.cpus = value.parse().map_err(|_| format!("cpus {value}"))?,
+                "huge-page" => mutant.huge_page = true,
                 "dies" => mutant.dies = true,
                 "rebuild" => mutant.rebuild = true,
                 _ => return Err(format!("'{word}' means nothing here")),
