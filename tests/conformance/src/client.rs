@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 
 use abi::os::linux as number;
@@ -48,6 +49,10 @@ impl fmt::Debug for Refused {
 
 impl std::error::Error for Refused {}
 
+fn refused(error: &io::Error) -> Refused {
+    Refused(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
 /// What a request gives back.
 pub type Answer<T> = Result<T, Refused>;
 
@@ -59,7 +64,7 @@ impl Node {
     pub fn open(path: &str) -> Answer<Self> {
         match OpenOptions::new().read(true).write(true).open(path) {
             Ok(file) => Ok(Self(file)),
-            Err(error) => Err(Refused(error.raw_os_error().unwrap_or(libc::EIO))),
+            Err(error) => Err(refused(&error)),
         }
     }
 
@@ -74,9 +79,7 @@ impl Node {
         // pass the address of something give a live one of the right size.
         let result = unsafe { libc::ioctl(self.fd(), u64::from(request), argument) };
         if result < 0 {
-            return Err(Refused(
-                std::io::Error::last_os_error().raw_os_error().unwrap_or(0),
-            ));
+            return Err(refused(&io::Error::last_os_error()));
         }
         Ok(result)
     }
@@ -84,6 +87,32 @@ impl Node {
     /// A request whose argument is a structure.
     pub fn with<T>(&self, request: u32, argument: &mut T) -> Answer<i32> {
         self.raw(request, std::ptr::from_mut(argument) as u64)
+    }
+
+    /// read of some bytes.
+    pub fn read(&self) -> Answer<usize> {
+        (&self.0)
+            .read(&mut [0; 16])
+            .map_err(|error| refused(&error))
+    }
+
+    /// write of some bytes.
+    pub fn write(&self) -> Answer<usize> {
+        (&self.0).write(&[0; 16]).map_err(|error| refused(&error))
+    }
+
+    /// mmap of the first page.
+    pub fn map(&self) -> Answer<()> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let (at, fd) = (std::ptr::null_mut(), self.fd());
+        // SAFETY: a new mapping, where there is none.
+        let got = unsafe { libc::mmap(at, 4096, access, libc::MAP_SHARED, fd, 0) };
+        if got == libc::MAP_FAILED {
+            return Err(refused(&io::Error::last_os_error()));
+        }
+        // SAFETY: the mapping just made.
+        unsafe { libc::munmap(got, 4096) };
+        Ok(())
     }
 
     fn done<T>(&self, request: u32, mut argument: T) -> Answer<()> {

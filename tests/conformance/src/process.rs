@@ -2,6 +2,9 @@
 // UNSAFETY: fork and the other process calls.
 #![expect(unsafe_code)]
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
 use anyhow::{Result, ensure};
 
 use crate::client::Node;
@@ -51,6 +54,32 @@ pub fn killed_child(body: impl FnOnce() -> bool) -> Result<()> {
     Ok(())
 }
 
+/// Forks; the child waits until `parent` has run here, and then tells what it sees.
+pub fn after_fork(parent: impl FnOnce() -> Result<()>, child: impl FnOnce() -> u32) -> Result<u32> {
+    let (mut ours, mut theirs) = UnixStream::pair()?;
+    // SAFETY: this program has one thread, so the child may do anything.
+    let pid = unsafe { libc::fork() };
+    ensure!(pid >= 0, "fork failed");
+    if pid == 0 {
+        let mut go = [0];
+        let went = theirs.read_exact(&mut go).is_ok();
+        let seen = if went { child() } else { u32::MAX };
+        let told = theirs.write_all(&seen.to_le_bytes()).is_ok();
+        // SAFETY: ends the child without running the parent's cleanup.
+        unsafe { libc::_exit(i32::from(!told)) };
+    }
+    // A child that dies has closed it too.
+    drop(theirs);
+    let done = parent();
+    ours.write_all(&[1])?;
+    let mut seen = [0; 4];
+    ours.read_exact(&mut seen)?;
+    // SAFETY: our child; its status is not wanted.
+    unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
+    done?;
+    Ok(u32::from_le_bytes(seen))
+}
+
 extern "C" fn nothing(_signal: i32) {}
 
 /// Gives SIGALRM a handler that does nothing, and has it sent after so many microseconds, and again.
@@ -68,6 +97,14 @@ pub fn alarm_every(microseconds: i64) {
     };
     // SAFETY: both arguments are valid; the old value is not wanted.
     unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()) };
+}
+
+/// Calls `body` with SIGALRM every so many microseconds.
+pub fn with_alarm<T>(microseconds: i64, body: impl FnOnce() -> T) -> T {
+    alarm_every(microseconds);
+    let result = body();
+    alarm_every(0);
+    result
 }
 
 /// A request made by a forked child on an inherited descriptor: 0, or the errno.

@@ -15,10 +15,20 @@ pub struct Ram {
 impl Ram {
     /// Zeroed memory, populated when it is touched. Panics if there is none: the test machine is too small.
     pub fn new(size: u64) -> Self {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        Self::mapped(0, size, 0)
+    }
+
+    /// The same at this address. Panics if something else is there.
+    pub fn at(address: u64, size: u64) -> Self {
+        Self::mapped(address, size, libc::MAP_FIXED_NOREPLACE)
+    }
+
+    fn mapped(address: u64, size: u64, flags: i32) -> Self {
+        let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let access = libc::PROT_READ | libc::PROT_WRITE;
+        let at = ptr::without_provenance_mut(address as usize);
         // SAFETY: a new mapping, where there is none.
-        let got = unsafe { libc::mmap(ptr::null_mut(), size as usize, access, flags, -1, 0) };
+        let got = unsafe { libc::mmap(at, size as usize, access, flags, -1, 0) };
         assert!(
             got != libc::MAP_FAILED,
             "mmap of {size:#x}: {}",

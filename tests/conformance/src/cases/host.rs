@@ -4,9 +4,7 @@
 #![expect(unsafe_code)]
 
 use std::fs;
-use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use abi::os::linux as number;
@@ -19,7 +17,7 @@ use crate::exit::{Exit, halt, out};
 use crate::guest;
 use crate::machine::Machine;
 use crate::modes::{DATA, Mode};
-use crate::process::in_child;
+use crate::process::{after_fork, in_child};
 use crate::ram::Ram;
 
 pub const CASES: &[Case] = &[
@@ -59,38 +57,7 @@ fn count(machine: &Machine, wanted: u32, when: &str) -> Outcome {
 /// SDM 26.2 "Other Causes of VM Exits": with external-interrupt exiting, IF does not block them.
 fn interrupts_a_guest_that_masks_them(mode: Mode) -> Outcome {
     let machine = Machine::new(mode, guest!("cli", "2: jmp 2b"))?;
-    for _ in 0..3 {
-        same!(
-            machine.run_once()?,
-            Exit::Interrupt,
-            "exit of a guest that spins"
-        );
-    }
-    Ok(())
-}
-
-/// Forks; the child waits until `parent` has run here, and then tells what it sees.
-fn after_fork(parent: impl FnOnce() -> Outcome, child: impl FnOnce() -> u32) -> Result<u32> {
-    let (mut ours, mut theirs) = UnixStream::pair()?;
-    // SAFETY: this program has one thread, so the child may do anything.
-    let pid = unsafe { libc::fork() };
-    ensure!(pid >= 0, "fork failed");
-    if pid == 0 {
-        let mut go = [0];
-        let went = theirs.read_exact(&mut go).is_ok();
-        let seen = if went { child() } else { u32::MAX };
-        let told = theirs.write_all(&seen.to_le_bytes()).is_ok();
-        // SAFETY: ends the child without running the parent's cleanup.
-        unsafe { libc::_exit(i32::from(!told)) };
-    }
-    let done = parent();
-    ours.write_all(&[1])?;
-    let mut seen = [0; 4];
-    ours.read_exact(&mut seen)?;
-    // SAFETY: our child; its status is not wanted.
-    unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
-    done?;
-    Ok(u32::from_le_bytes(seen))
+    super::interrupts::ends_by_the_timer(&machine, 3)
 }
 
 /// The page is writable in the EPT when the process forks: the guest must not write the child's copy.

@@ -1,12 +1,14 @@
 //! VMs and vCPUs come and go: ids, open-once, order of closing, process death, and nothing left behind.
 
+use std::cell::Cell;
+
 use super::{Case, Outcome};
 use crate::client::{Node, Refused, System, Vcpu, Vm};
 use crate::exit::halt;
 use crate::guest;
 use crate::machine::{Machine, prepare, run, vm_with_ram};
 use crate::modes::{self, Mode};
-use crate::process::{in_child, killed_child};
+use crate::process::{after_fork, in_child, killed_child};
 use crate::ram::Ram;
 
 pub const CASES: &[Case] = &[
@@ -259,12 +261,34 @@ fn killed_while_running() -> Outcome {
     Ok(())
 }
 
-/// A child's copies of the descriptors keep the VM alive, and end it.
+/// A child's copies of the descriptors keep the VM alive, and end it. Where the parent has the tunnel the child has
+/// something of its own, which stays.
 fn inherited_by_a_child() -> Outcome {
     let machine = Machine::new(Mode::Long, guest!(64: "out 0x80, al", "hlt"))?;
     machine.expect(&[crate::exit::out(0x80, 1, 0)])?;
     same!(in_child(|| 7)?, 7, "child");
-    machine.expect(&[halt()])
+    machine.expect(&[halt()])?;
+    let tunnel = machine.vcpu.tunnel_info()?;
+    // Each of the two processes drops its own.
+    let machine = Cell::new(Some(machine));
+    let parent = || {
+        drop(machine.take());
+        same!(
+            System::open()?.create_vm()?.id,
+            1,
+            "id beside the child's VM"
+        );
+        Ok(())
+    };
+    let child = || {
+        let pages = [tunnel.va, tunnel.io_va].map(|address| Ram::at(address, 0x1000));
+        pages.iter().for_each(|page| page.write_u32(0, 77));
+        drop(machine.take());
+        pages.iter().map(|page| page.u32(0)).sum()
+    };
+    same!(after_fork(parent, child)?, 2 * 77, "the child's pages");
+    same!(System::open()?.create_vm()?.id, 0, "id after the child");
+    Ok(())
 }
 
 /// Kilobytes of memory the kernel has for itself: what /proc/meminfo calls slab and page tables, and free.

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -69,16 +69,24 @@ fn swapped_out_while_it_runs() -> Outcome {
     borrowed_only!();
     let _swap = Swap::on("/dev/ram0")?;
     let host = Swept::buffer()?;
-    let piece = std::sync::atomic::AtomicU64::new(0);
+    // From here on the guest has mapped it.
+    host.both_sides(7, || Ok(()))?;
+    let (piece, most) = (AtomicU64::new(0), AtomicUsize::new(0));
     let count = disturbed(
         || {
             let at = piece.fetch_add(5, Ordering::Relaxed) % 16;
             host.region
-                .advise(at * BUFFER / 16, BUFFER / 16, libc::MADV_PAGEOUT)
+                .advise(at * BUFFER / 16, BUFFER / 16, libc::MADV_PAGEOUT)?;
+            let pages = host.region.pages()?;
+            let swapped = pages.iter().filter(|page| page.is_swapped()).count();
+            most.fetch_max(swapped, Ordering::Relaxed);
+            Ok(())
         },
         || host.both_sides(8, || Ok(())),
     )?;
     ensure!(count >= 2, "disturbed {count} times");
+    let most = most.into_inner();
+    ensure!(most >= 16, "at most {most} pages were swapped out at once");
     Ok(())
 }
 
@@ -162,7 +170,8 @@ fn compact(taken_first: u64) -> Result<(u32, usize)> {
     }
     drop(filler);
     drop(first);
-    host.region.fill(pattern(11));
+    host.region.fill(pattern(10));
+    host.sweep(pattern(10), pattern(11))?;
     let before = host.region.pages()?;
     let count = disturbed(
         || fs::write("/proc/sys/vm/compact_memory", "1").context("compact_memory"),

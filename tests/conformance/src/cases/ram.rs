@@ -7,7 +7,7 @@ use crate::client::{Refused, System, Vm};
 use crate::exit::{Exit, halt, out, read, write};
 use crate::guest;
 use crate::machine::Machine;
-use crate::modes::{DATA, Mode};
+use crate::modes::{DATA, HIGH_START, Mode};
 use crate::ram::Ram;
 
 pub const CASES: &[Case] = &[
@@ -200,7 +200,9 @@ fn unknown_flags_are_refused() -> Outcome {
     Ok(())
 }
 
+/// In the middle of a slot whose other pages are there too.
 fn seen_from_both_sides(mode: Mode) -> Outcome {
+    const AT: u64 = 0x15_0000;
     let code = guest!(
         "mov eax, [edi]",
         "add eax, 1",
@@ -210,11 +212,12 @@ fn seen_from_both_sides(mode: Mode) -> Outcome {
         "hlt"
     );
     let machine = Machine::new(mode, code)?;
-    machine.ram.write_u32(DATA, 0x41);
-    machine.set(|state| state.rdi = DATA)?;
+    machine.ram.fill(HIGH_START, 0x8_0000, 0x5a);
+    machine.ram.write_u32(AT, 0x41);
+    machine.set(|state| state.rdi = AT)?;
     machine.expect(&[out(0x80, 1, 0x42)])?;
-    same!(machine.ram.u32(DATA + 4), 0x42, "what the guest wrote");
-    machine.ram.write_u32(DATA, 0x99);
+    same!(machine.ram.u32(AT + 4), 0x42, "what the guest wrote");
+    machine.ram.write_u32(AT, 0x99);
     machine.expect(&[halt()])?;
     same!(machine.regs()?.rax, 0x99, "what the client wrote");
     Ok(())
@@ -254,20 +257,22 @@ fn every_byte_is_where_it_belongs() -> Outcome {
     Ok(())
 }
 
-/// One page of the buffer at two addresses.
+/// One page of the buffer at three addresses, two of them side by side.
 fn alias() -> Outcome {
-    let code = guest!(64: "mov dword ptr [rdi], 0x1234", "mov eax, [rsi]", "hlt");
+    let code = guest!(64: "mov dword ptr [rdi], 0x1234", "mov eax, [rsi]", "mov ebx, [rsi + 0x1000]", "hlt");
     let machine = Machine::new(Mode::Long, code)?;
     let second = 0x30_0000;
-    machine
-        .vm
-        .set_ram(second, 0x1000, 0, machine.ram.address() + DATA)?;
+    for gpa in [second, second + 0x1000] {
+        let va = machine.ram.address() + DATA;
+        machine.vm.set_ram(gpa, 0x1000, 0, va)?;
+    }
     machine.set(|state| {
         state.rdi = DATA + 8;
         state.rsi = second + 8;
     })?;
     machine.expect(&[halt()])?;
-    same!(machine.regs()?.rax, 0x1234, "EAX");
+    let state = machine.regs()?;
+    same!((state.rax, state.rbx), (0x1234, 0x1234), "EAX and EBX");
     same!(machine.ram.u32(DATA + 8), 0x1234, "buffer");
     Ok(())
 }

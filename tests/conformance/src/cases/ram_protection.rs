@@ -157,10 +157,14 @@ fn protected_in_emulation() -> Outcome {
         state.rdi = gpa;
     })?;
     machine.vm.protect_ram(gpa, 0x4000, 0)?;
-    let mut reads = 0;
+    let (mut reads, mut faults) = (0, 0);
     loop {
         match machine.run()? {
-            Exit::PageFault { .. } => machine.vm.protect_ram(gpa, 0x4000, 7)?,
+            Exit::PageFault { gpa: at, flags } => {
+                same!((at, flags & 7), (gpa, 2), "GPA and access");
+                faults += 1;
+                machine.vm.protect_ram(gpa, 0x4000, 7)?;
+            }
             Exit::Read { .. } => {
                 reads += 1;
                 machine.vcpu.tunnel.set_fast_mmio_value(reads);
@@ -170,6 +174,7 @@ fn protected_in_emulation() -> Outcome {
         }
         anyhow::ensure!(reads <= 2, "the device is read again");
     }
+    same!(faults, 1, "page faults");
     same!((ram.u32(0), ram.u32(4)), (1, 2), "memory");
     Ok(())
 }

@@ -7,9 +7,9 @@ use abi::{
 };
 
 use super::{Case, Outcome};
-use crate::client::{Node, Refused, System, Vcpu, Vm};
+use crate::client::{Node, Refused, System, Vcpu};
 use crate::guest;
-use crate::machine::{Machine, vm_with_ram};
+use crate::machine::Machine;
 use crate::modes::Mode;
 use crate::process::{in_child, request_in_child};
 use crate::ram::Ram;
@@ -374,21 +374,27 @@ fn another_process_cannot_open() -> Outcome {
 }
 
 fn another_process_may_use_the_system_device() -> Outcome {
-    let (_vm, _ram) = vm_with_ram()?;
+    let machine = Machine::new(Mode::Long, guest!(64: "hlt"))?;
     let works = in_child(|| {
         let own = System::open().and_then(|system| system.create_vm());
         u8::from(own.and_then(|vm| vm.create_vcpu(0)).is_ok())
     })?;
     same!(works, 1, "a VM of the child's own");
-    Ok(())
+    machine.expect(&[crate::exit::halt()])
 }
 
+/// No node has any of them.
 fn read_write_and_mmap_are_refused() -> Outcome {
-    for path in ["/dev/HAX".to_owned(), {
-        let vm = System::open()?.create_vm_id()?;
-        Vm::path(vm)
-    }] {
-        anyhow::ensure!(std::fs::read(&path).is_err(), "{path} can be read");
+    let machine = Machine::new(Mode::Long, guest!(64: "hlt"))?;
+    let system = System::open()?;
+    for (name, node) in [
+        ("/dev/HAX", &system.0),
+        ("the VM", &machine.vm.node),
+        ("the vCPU", &machine.vcpu.node),
+    ] {
+        same!(node.read(), Err(Refused(libc::EINVAL)), "read of {name}");
+        same!(node.write(), Err(Refused(libc::EINVAL)), "write of {name}");
+        same!(node.map(), Err(Refused(libc::ENODEV)), "mmap of {name}");
     }
-    Ok(())
+    machine.expect(&[crate::exit::halt()])
 }
