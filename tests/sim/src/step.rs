@@ -49,6 +49,17 @@ impl Step {
         })
     }
 
+    /// The same instruction, with something that happens while it exits.
+    #[must_use]
+    pub fn with(mut self, mut act: impl FnMut() + Send + 'static) -> Self {
+        let mut run = self.run;
+        self.run = Box::new(move |guest| {
+            act();
+            run(guest)
+        });
+        self
+    }
+
     /// Writes a general register.
     #[must_use]
     pub fn set_gpr(index: usize, value: u64) -> Self {

@@ -94,6 +94,21 @@ fn a_signal_on_the_way_into_the_guest() {
     client.finish();
 }
 
+/// Another thread queues a vector while the guest runs.
+#[test]
+fn an_interrupt_from_another_thread() {
+    let client = client();
+    client.change_regs(|state| state.rflags |= 0x200);
+    let vcpu = client.vcpu.clone();
+    let queue = Step::act(move |_| vcpu.interrupt(0x40));
+    let status = client.run([queue, Step::output(1, 1, 1)]);
+    assert_eq!(status, ExitStatus::Interrupt);
+    assert_eq!(client.machine.take_received(), []);
+    assert_eq!(client.run([]), ExitStatus::Io);
+    assert_eq!(client.machine.take_received()[0].vector, 0x40);
+    client.finish();
+}
+
 #[test]
 fn a_host_nmi_reaches_the_host_once() {
     let client = client();

@@ -123,9 +123,9 @@ fn hlt_goes_to_the_client_unless_an_interrupt_waits() {
     let received = client.machine.take_received();
     assert_eq!(received.len(), 1);
     assert_eq!((received[0].vector, received[0].kind), (0x30, 0));
-    // One that comes between two instructions and the HLT is not lost.
+    // One that comes with the HLT is not lost.
     let vcpu = client.vcpu.clone();
-    let status = client.run([Step::act(move |_| vcpu.interrupt(0x31)), Step::hlt()]);
+    let status = client.run([Step::hlt().with(move || vcpu.interrupt(0x31))]);
     assert_eq!(status, ExitStatus::Interrupt);
     assert_eq!(client.machine.take_received()[0].vector, 0x31);
     client.finish();

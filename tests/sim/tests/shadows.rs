@@ -102,15 +102,12 @@ fn nothing_is_lost_on_the_quick_way() {
     for blocking in [STI, MOV_SS] {
         let client = guest(0x202);
         let vcpu = client.vcpu.clone();
-        let queue = Step::act(move |guest| {
-            guest.set_field(FIELD, blocking);
-            vcpu.interrupt(0x41);
-        });
-        assert_eq!(
-            client.run([queue, Step::cpuid(0, 0), Step::output(0x80, 1, 0)]),
-            ExitStatus::Io
-        );
+        let queue = Step::cpuid(0, 0).with(move || vcpu.interrupt(0x41));
+        let status = client.run([block(blocking), queue, Step::output(0x80, 1, 0)]);
+        // The interrupt that tells of it.
+        assert_eq!(status, ExitStatus::Interrupt);
         assert_eq!(vectors(&client), [0x41]);
+        assert_eq!(client.run([]), ExitStatus::Io);
         client.finish();
     }
 }
@@ -142,14 +139,11 @@ fn a_page_that_was_missing_does_not_end_it() {
     for blocking in [STI, MOV_SS] {
         let client = guest(0x202);
         let vcpu = client.vcpu.clone();
-        let queue = Step::act(move |guest| {
-            guest.set_field(FIELD, blocking);
-            vcpu.interrupt(0x43);
-        });
+        let queue = Step::write(0x9000, 4, 7, 5).with(move || vcpu.interrupt(0x43));
         let received = client.machine.clone();
         let status = client.run([
+            block(blocking),
             queue,
-            Step::write(0x9000, 4, 7, 5),
             Step::act(move |_| assert_eq!(received.take_received()[0].vector, 0x43)),
             Step::output(0x80, 1, 0),
         ]);

@@ -379,9 +379,12 @@ impl<H: Host> Vcpu<H> {
         })?
     }
 
-    /// INTERRUPT: queues a vector; one that waits already is not queued twice.
+    /// INTERRUPT: queues a vector; one that waits already is not queued twice. If the guest
+    /// runs, in another thread, it exits.
     pub fn interrupt(&self, vector: u8) {
-        self.vectors.post(vector);
+        if self.vectors.post(vector) {
+            self.guest().kick(self.id());
+        }
     }
 
     /// VCPU_DEBUG.

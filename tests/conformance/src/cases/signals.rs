@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 
-use super::smp::{counts, join, side_by_side, spinning};
+use super::smp::{SOON, counts, join, side_by_side, spinning};
 use super::{Case, Outcome};
 use crate::exit::Exit;
 use crate::guest;
@@ -22,9 +22,6 @@ pub const CASES: &[Case] = &[
     case!(a_blocked_signal_ends_run),
     case!(a_blocked_signal_on_the_way_into_the_guest),
 ];
-
-/// The timer of a kernel with 250 Hz comes after 2 ms in the mean.
-const SOON: Duration = Duration::from_micros(500);
 
 /// Blocks SIGUSR1 in this thread, which is returned.
 fn block() -> libc::pthread_t {

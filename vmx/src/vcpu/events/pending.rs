@@ -3,7 +3,9 @@
 //! local APIC's IRR.
 //!
 //! INTERRUPT may come from any thread while the vCPU runs, so the bits are
-//! atomic. Only the thread that runs the vCPU takes a vector out.
+//! atomic. Only the thread that runs the vCPU takes a vector out. Who posts a vector then
+//! looks for the guest, to interrupt it; the guest is made known before the vectors are
+//! looked at. All four are sequentially consistent, so one of the two sees the other.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -44,7 +46,7 @@ impl PendingVectors {
     /// Queues a vector; `true` if it did not wait already.
     pub fn post(&self, vector: u8) -> bool {
         self.word(vector)
-            .is_some_and(|word| word.fetch_or(bit(vector), Ordering::AcqRel) & bit(vector) == 0)
+            .is_some_and(|word| word.fetch_or(bit(vector), Ordering::SeqCst) & bit(vector) == 0)
     }
 
     /// Takes a vector out; `true` if it waited.
@@ -60,7 +62,7 @@ impl PendingVectors {
     pub fn highest(&self) -> Option<u8> {
         let words = self.words.iter().enumerate().rev();
         words
-            .map(|(index, word)| (index, word.load(Ordering::Acquire)))
+            .map(|(index, word)| (index, word.load(Ordering::SeqCst)))
             .find_map(|(index, word)| highest_bit(index, word))
     }
 
@@ -79,7 +81,7 @@ impl PendingVectors {
         if highest >> 4 > tpr >> 4 {
             return Some(highest);
         }
-        let low = self.words.first()?.load(Ordering::Acquire);
+        let low = self.words.first()?.load(Ordering::SeqCst);
         highest_bit(0, low & bit(FIRST_APIC_VECTOR).wrapping_sub(1))
     }
 
@@ -96,7 +98,7 @@ impl PendingVectors {
     #[inline]
     pub fn is_empty(&self) -> bool {
         let [a, b, c, d] = &self.words;
-        let load = |word: &AtomicU64| word.load(Ordering::Acquire);
+        let load = |word: &AtomicU64| word.load(Ordering::SeqCst);
         load(a) | load(b) | load(c) | load(d) == 0
     }
 
