@@ -34,9 +34,10 @@ struct Bench {
     space: AddressSpace<FakeHost>,
     model: Model,
     random: Random,
-    /// Guest page to frame and whether it is writable, as each processor has
-    /// cached it.
-    tlbs: [BTreeMap<u64, (u64, bool)>; CPUS],
+    /// Guest page to frame and EPT entry, as each processor has cached it.
+    tlbs: [BTreeMap<u64, (u64, u64)>; CPUS],
+    /// Code needs small leaves.
+    small_code: bool,
     /// Allocations are to fail.
     failing: bool,
     failures: u64,
@@ -52,6 +53,11 @@ struct Bench {
     flushes: u64,
 }
 
+/// On every third processor code needs small leaves.
+fn small_code(seed: u64) -> bool {
+    (seed / 1000) % 3 == 1
+}
+
 /// Every fourth processor has no accessed and dirty flags.
 fn caps(seed: u64) -> EptVpidCaps {
     let mut caps = EptVpidCaps::PAGE_2M | EptVpidCaps::PAGE_1G;
@@ -63,12 +69,16 @@ impl Bench {
     fn new(seed: u64, failing: bool, pins: bool) -> Self {
         let host = FakeHost::lending(CPUS, pins);
         let space = AddressSpace::new(&host, caps(seed), ADDRESS_BITS).unwrap();
+        if small_code(seed) {
+            space.keep_code_small();
+        }
         let mut bench = Self {
             host,
             space,
             model: Model::default(),
             random: Random(seed),
             tlbs: Default::default(),
+            small_code: small_code(seed),
             failing,
             failures: 0,
             next_frame: 1 << 20,
@@ -333,18 +343,25 @@ impl Bench {
         let cpu = self.random.below(CPUS as u64) as usize;
         run_as_cpu(cpu);
         let page = self.random.below(GUEST_PAGES + 4);
-        let write = self.random.one_in(2);
+        let access = match self.random.below(6) {
+            0 => Access::FETCH,
+            1 | 2 => Access::READ,
+            _ => Access::WRITE,
+        };
         let run = if self.random.one_in(8) {
             1 + self.random.below(100)
         } else {
             1
         };
         for page in page..page + run {
-            self.touch_page(cpu, page, write);
+            self.touch_page(cpu, page, access);
         }
     }
 
-    fn touch_page(&mut self, cpu: usize, page: u64, write: bool) {
+    fn touch_page(&mut self, cpu: usize, page: u64, access: Access) {
+        let allows = |entry: u64| {
+            entry & 1 != 0 && (!access.write || entry & 2 != 0) && (!access.fetch || entry & 4 != 0)
+        };
         for attempt in 0..4 {
             // Entry: whatever is still cached must be true, or be flushed now.
             let flush = self.space.before_entry(cpu).unwrap();
@@ -353,20 +370,22 @@ impl Bench {
                 self.space.flushed(cpu, flush);
             }
             if !self.tlbs[cpu].contains_key(&page) {
-                if let Some((frame, entry)) = self.host.walk(self.space.eptp(), page * PAGE, write)
-                {
-                    self.tlbs[cpu].insert(page, (frame, entry & 2 != 0));
+                let found = self.host.walk(self.space.eptp(), page * PAGE, access.write);
+                if let Some(found) = found {
+                    let runs = !self.small_code || found.1 & 0x80 == 0;
+                    assert_eq!(found.1 & 4 != 0, runs, "page {page:#x}: code");
+                    self.tlbs[cpu].insert(page, found);
                 }
             }
             let cached = self.tlbs[cpu].get(&page).copied();
-            if let Some((frame, writable)) = cached {
+            if let Some((frame, entry)) = cached {
                 assert!(
-                    self.model.permits(&self.host, page, frame, writable),
+                    self.model.permits(&self.host, page, frame, entry & 2 != 0),
                     "page {page:#x}: a processor uses what it may not"
                 );
             }
             self.space.after_exit(cpu);
-            if cached.is_some_and(|(_, writable)| writable || !write) {
+            if cached.is_some_and(|(_, entry)| allows(entry)) {
                 self.forget_uses();
                 if !self.unnoticed.contains(&(page / GROUP)) {
                     self.used.insert(page);
@@ -375,7 +394,7 @@ impl Bench {
             }
             // An EPT violation drops the translation it is about.
             self.tlbs[cpu].remove(&page);
-            if !self.fault(page, write, attempt) {
+            if !self.fault(page, access, attempt) {
                 return;
             }
         }
@@ -383,8 +402,8 @@ impl Bench {
     }
 
     /// Answers a fault; whether the guest should try again.
-    fn fault(&mut self, page: u64, write: bool, attempt: u32) -> bool {
-        let access = if write { Access::WRITE } else { Access::READ };
+    fn fault(&mut self, page: u64, access: Access, attempt: u32) -> bool {
+        let write = access.write;
         let fail_in = (self.failing && self.random.one_in(3)).then(|| self.random.below(6) as u32);
         let (result, failed) = with_failure(fail_in, || {
             self.space
@@ -406,7 +425,8 @@ impl Bench {
                 .host
                 .translate(self.space.eptp(), page * PAGE)
                 .expect("mapped, but not there");
-            assert!(entry & 5 == 5 && (!write || entry & 2 != 0));
+            assert!(entry & 1 != 0 && (!write || entry & 2 != 0));
+            assert!(!access.fetch || entry & 4 != 0);
         }
         result == Ok(FaultOutcome::Mapped)
     }
@@ -512,7 +532,8 @@ impl Bench {
                 );
             }
         }
-        if !self.host.pins() {
+        // Beside code they stay small.
+        if !self.host.pins() && !self.small_code {
             self.check_large();
         }
         assert!(mapped.last().is_none_or(|last| *last < GUEST_PAGES));

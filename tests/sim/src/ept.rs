@@ -31,6 +31,8 @@ pub enum Access {
 struct Cached {
     frame: u64,
     rights: u64,
+    /// The leaf is larger than the page.
+    large: bool,
     /// A write has set the dirty flag already.
     dirty: bool,
 }
@@ -100,6 +102,7 @@ pub(crate) enum EptFault {
 struct Walk {
     frame: u64,
     rights: u64,
+    large: bool,
     leaf_at: u64,
 }
 
@@ -159,6 +162,7 @@ fn walk(memory: &Memory, profile: &Profile, eptp: u64, gpa: u64) -> Result<Walk,
             return Ok(Walk {
                 frame: ((entry & ADDRESS_MASK) >> 12) + inside,
                 rights,
+                large: level != 0,
                 leaf_at: at,
             });
         }
@@ -193,10 +197,12 @@ fn leaves(
 }
 
 impl State {
-    /// Translates one access; the cache first, as a processor does.
+    /// Translates one access; the cache first, as a processor does. `small_code`: code in a
+    /// large leaf could stop the processor.
     pub(crate) fn translate(
         &mut self,
         profile: &Profile,
+        small_code: bool,
         cpu: usize,
         eptp: u64,
         gpa: u64,
@@ -206,8 +212,8 @@ impl State {
         let need = access as u64;
         let cached = self.cpus[cpu].tlb.physical.get(&key).copied();
         let dirty_done = cached.is_some_and(|c| c.dirty) || access != Access::Write;
-        let frame = match cached.filter(|c| c.rights & need != 0 && dirty_done) {
-            Some(hit) => hit.frame,
+        let (frame, large) = match cached.filter(|c| c.rights & need != 0 && dirty_done) {
+            Some(hit) => (hit.frame, hit.large),
             None => {
                 // A violation also drops what was cached for the address
                 // (29.4.3.1 "Operations that Invalidate Cached Mappings").
@@ -227,12 +233,16 @@ impl State {
                     Cached {
                         frame: found.frame,
                         rights: found.rights,
+                        large: found.large,
                         dirty,
                     },
                 );
-                found.frame
+                (found.frame, found.large)
             }
         };
+        if access == Access::Fetch && large && small_code {
+            self.finding(format!("code runs from a large leaf at {gpa:#x}"));
+        }
         self.check_guest_frame(gpa, frame, access);
         Ok(frame << 12 | gpa & 0xfff)
     }

@@ -5,6 +5,7 @@
 
 use vmx::arch::msr;
 use vmx::cpu::GuestRegs;
+use vmx::host::Mitigations;
 
 use crate::cpu::msr_accepts;
 use crate::ept::{Access, EptFault};
@@ -584,8 +585,12 @@ impl Guest<'_> {
         if !self.secondary(1) {
             self.finding("the guest accesses memory without EPT".into());
         }
+        let profile = &self.inner.profile;
+        // Some processors stop with a machine check (IA32_ARCH_CAPABILITIES.IF_PSCHANGE_MC_NO).
+        let small_code = self.inner.wanted() != Mitigations::Off
+            && profile.msr(msr::IA32_ARCH_CAPABILITIES) >> 6 & 1 == 0;
         let mut state = self.inner.state();
-        let result = state.translate(&self.inner.profile, self.cpu, eptp, gpa, access);
+        let result = state.translate(profile, small_code, self.cpu, eptp, gpa, access);
         drop(state);
         let (reason, qualification) = match result {
             Ok(physical) => return Ok(physical),

@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use abi::tunnel::{ExitStatus, FastMmioDirection, IoFlags};
 use sim::client::{CODE, Client, RAM_SIZE};
-use sim::{Access, Machine, Step, StringIo};
+use sim::{Access, Machine, Profile, Step, StringIo};
 use vmx::arch::addr::Hva;
-use vmx::host::Aging;
+use vmx::arch::msr;
+use vmx::host::{Aging, Mitigations};
 use vmx::{Error, Vm};
 
 const RAX: usize = 0;
@@ -311,6 +312,39 @@ fn large_pages_are_mapped_as_such_and_split() {
         Step::write(gpa + 0x5000, 8, 1, 2),
     ]);
     client.finish();
+}
+
+/// Which leaves code may have depends on the processor's errata and on what the host wants done about
+/// them. That code does not run from a large one where it must not the simulator sees to.
+#[test]
+fn code_has_small_leaves_where_it_needs_them() {
+    let no_erratum = |mut profile: Profile| {
+        *profile.msrs.entry(msr::IA32_ARCH_CAPABILITIES).or_default() |= 1 << 6;
+        profile
+    };
+    for (profile, wanted, small) in [
+        (Profile::haswell(), Mitigations::Needed, true),
+        (Profile::haswell(), Mitigations::Off, false),
+        (no_erratum(Profile::skylake_x()), Mitigations::Needed, false),
+        (no_erratum(Profile::skylake_x()), Mitigations::All, true),
+    ] {
+        let machine = Machine::new(profile, 1);
+        machine.set_mitigations(wanted);
+        machine.pin_user_memory(false);
+        let client = Client::new(&machine);
+        client.protected_mode();
+        let size = 2 << 20;
+        let ram = client.process.map_with(size, 21);
+        let gpa = 0x100_0000;
+        client.vm.add_ram_block(ram, size).unwrap();
+        client.vm.set_ram(gpa, size, ram.0, 0).unwrap();
+        client.run([Step::write(gpa + 0x5000, 8, 1, 2)]);
+        client.machine.reset_counts();
+        client.run([Step::fetch(gpa + 0x3000), Step::read(gpa + 0x5000, 8, 1, 2)]);
+        let violations = client.machine.counts().exits_of(48);
+        assert_eq!(violations != 0, small, "{wanted:?}");
+        client.finish();
+    }
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! What this processor gives away to code that speculates, and the registers by
 //! which that is held back.
 //!
+//! And one erratum that is held back in the same way, where the host wants such things.
+//!
 //! SDM vol. 4, table 2-2: IA32_SPEC_CTRL, IA32_PRED_CMD, IA32_FLUSH_CMD,
 //! IA32_ARCH_CAPABILITIES; vol. 2, CPUID, leaf 7, EDX 26 to 31.
 
@@ -14,6 +16,7 @@ mod cap {
     pub const IBRS_ALL: u64 = 1 << 1;
     pub const SKIP_L1DFL_VMENTRY: u64 = 1 << 3;
     pub const MDS_NO: u64 = 1 << 5;
+    pub const IF_PSCHANGE_MC_NO: u64 = 1 << 6;
     pub const FBSDP_NO: u64 = 1 << 14;
     pub const FB_CLEAR: u64 = 1 << 17;
     pub const PBRSB_NO: u64 = 1 << 24;
@@ -32,6 +35,10 @@ pub struct Speculation {
     pub has_flush: bool,
     /// IA32_ARCH_CAPABILITIES for a guest; `None`: there is none.
     pub arch_capabilities: Option<u64>,
+    /// Code must not run from large EPT leaves. Otherwise a guest that changes the size of a page
+    /// under its own code can stop the processor with a machine check (SDM vol. 4, table 2-2,
+    /// IA32_ARCH_CAPABILITIES.IF_PSCHANGE_MC_NO is where it cannot).
+    pub needs_small_code: bool,
     /// What each entry has to do: bits of [`how`].
     pub how: u64,
     /// Another guest than the last gets a processor by an IBPB: IA32_PRED_CMD
@@ -75,6 +82,7 @@ impl Speculation {
         }
         Self {
             has_flush,
+            needs_small_code: !safe(cap::IF_PSCHANGE_MC_NO),
             arch_capabilities: known.map(|bits| (bits & FOR_GUESTS) | cap::SKIP_L1DFL_VMENTRY),
             how,
             parts_guests: has(26),
@@ -87,9 +95,11 @@ impl Speculation {
             Mitigations::Off => {
                 self.how = 0;
                 self.parts_guests = false;
+                self.needs_small_code = false;
             }
             Mitigations::Needed => {}
             Mitigations::All => {
+                self.needs_small_code = true;
                 self.how |= how::CLEAR_BUFFERS | how::FILL_RETURNS;
                 if self.has_flush {
                     self.how |= how::FLUSH_L1D;

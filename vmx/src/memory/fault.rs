@@ -14,6 +14,13 @@ use super::slot::Slot;
 use super::space::{Core, Inner};
 use super::{Access, FaultOutcome};
 
+/// What the guest did.
+#[derive(Clone, Copy)]
+struct Touch {
+    gpa: Gpa,
+    access: Access,
+}
+
 /// What the first look at a faulting address found.
 enum Look {
     Known(FaultOutcome),
@@ -61,7 +68,8 @@ impl<H: Host> Inner<H> {
         if access.write && !frame.writable {
             return Err(Error::Fault);
         }
-        Ok(self.map(gpa, &slot, sequence, frame, &around, reserve))
+        let touch = Touch { gpa, access };
+        Ok(self.map(touch, &slot, sequence, frame, &around, reserve))
     }
 
     /// Where the touched page is, brought in if need be, and which of those
@@ -189,7 +197,7 @@ impl<H: Host> Inner<H> {
     #[cfg_attr(haxm_module, optimize(speed))]
     fn map(
         &self,
-        gpa: Gpa,
+        touch: Touch,
         slot: &Slot,
         sequence: u64,
         frame: HostFrame,
@@ -203,7 +211,7 @@ impl<H: Host> Inner<H> {
         if core.invalidations.sequence() != sequence {
             return FaultOutcome::Retry;
         }
-        let Some(size) = leaf_size(&core, gpa, slot, frame) else {
+        let Some(size) = leaf_size(&core, touch, slot, frame) else {
             return FaultOutcome::Retry;
         };
         let pages = size.bytes().wrapping_shr(PAGE_SHIFT);
@@ -213,7 +221,7 @@ impl<H: Host> Inner<H> {
             write: frame.writable && !slot.rom,
             piece: frame.shift,
         };
-        match core.ept.install(gpa, leaf, reserve, &self.counters) {
+        match core.ept.install(touch.gpa, leaf, reserve, &self.counters) {
             Install::Done => {
                 let changing = |core: &Core<H>| {
                     let (start, end) = (around.hva.0, around.client_end());
@@ -249,8 +257,15 @@ impl<H: Host> Inner<H> {
 /// The largest leaf for `gpa` that host, processor, slot and protection allow,
 /// with no part of it being invalidated right now; `None` if not even the page
 /// itself will do.
-fn leaf_size<H: Host>(core: &Core<H>, gpa: Gpa, slot: &Slot, frame: HostFrame) -> Option<LeafSize> {
+fn leaf_size<H: Host>(
+    core: &Core<H>,
+    touch: Touch,
+    slot: &Slot,
+    frame: HostFrame,
+) -> Option<LeafSize> {
+    let Touch { gpa, access } = touch;
     let hva = slot.hva_of(gpa.page_start().0);
+    let most = core.ept.most_level(gpa, access.fetch);
     [LeafSize::Huge, LeafSize::Large, LeafSize::Small]
         .into_iter()
         .find(|size| {
@@ -261,6 +276,7 @@ fn leaf_size<H: Host>(core: &Core<H>, gpa: Gpa, slot: &Slot, frame: HostFrame) -
             let offset = hva.wrapping_sub(client);
             let host_offset = frame.frame.address().0 & bytes.wrapping_sub(1);
             core.ept.has(*size)
+                && size.level() <= most
                 && frame.shift >= size.shift()
                 && gpa.page_start().0.wrapping_sub(start) == offset
                 && host_offset == offset

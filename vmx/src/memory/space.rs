@@ -69,6 +69,12 @@ pub struct AddressSpace<H: Host> {
 }
 
 impl<H: Host> AddressSpace<H> {
+    /// From now on the guest's code runs from leaves of 4 KB only: see
+    /// `Speculation::needs_small_code`. Before the first fault.
+    pub fn keep_code_small(&self) {
+        self.inner.core.lock().ept.keep_code_small();
+    }
+
     /// An empty memory for a VM of the calling process. `address_bits` is the
     /// physical-address width that the guest and the processor both have; more
     /// than 48 counts as 48, what a four-level EPT translates.

@@ -51,6 +51,9 @@ impl<H: Host> Guest<H> {
         let (host, caps) = (platform.host(), platform.caps());
         let cpuid = try_box(CpuidTable::new(host.cpu(), caps))?;
         let memory = AddressSpace::new(host, caps.ept_vpid, caps.physical_bits)?;
+        if caps.speculation.needs_small_code {
+            memory.keep_code_small();
+        }
         let guest = Shared::new(Self {
             memory,
             cpuid: Lock::new(LockClass::Vm, cpuid)?,

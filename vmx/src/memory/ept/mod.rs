@@ -49,7 +49,7 @@ pub enum LeafSize {
 }
 
 impl LeafSize {
-    const fn level(self) -> u32 {
+    pub(super) const fn level(self) -> u32 {
         match self {
             Self::Small => 1,
             Self::Large => 2,
@@ -83,10 +83,13 @@ pub(super) struct Leaf {
 }
 
 impl Leaf {
-    fn bits(self) -> u64 {
-        let mut flags = EptEntry::READ | EptEntry::EXECUTE;
+    /// `large_code`: code may run from any leaf.
+    fn bits(self, large_code: bool) -> u64 {
+        let is_small = self.size == LeafSize::Small;
+        let mut flags = EptEntry::READ;
+        flags.set(EptEntry::EXECUTE, large_code || is_small);
         flags.set(EptEntry::WRITE, self.write);
-        flags.set(EptEntry::LARGE, self.size != LeafSize::Small);
+        flags.set(EptEntry::LARGE, !is_small);
         (self.frame.address().0 & ADDRESS_MASK) | LEAF_WB | flags.bits()
     }
 }
@@ -249,6 +252,8 @@ pub(super) struct Ept<H: Host> {
     root: Table<H>,
     large: bool,
     huge: bool,
+    /// Code may run from leaves of these sizes too.
+    large_code: bool,
 }
 
 impl<H: Host> Ept<H> {
@@ -263,7 +268,13 @@ impl<H: Host> Ept<H> {
             root,
             large: caps.contains(EptVpidCaps::PAGE_2M),
             huge: caps.contains(EptVpidCaps::PAGE_1G),
+            large_code: true,
         })
+    }
+
+    /// From now on code runs from leaves of 4 KB only. There are no leaves yet.
+    pub(super) fn keep_code_small(&mut self) {
+        self.large_code = false;
     }
 
     /// The EPT pointer, SDM 25.6.11 "Extended-Page-Table Pointer (EPTP)".
@@ -283,6 +294,17 @@ impl<H: Host> Ept<H> {
             LeafSize::Large => self.large,
             LeafSize::Huge => self.huge,
         }
+    }
+
+    /// The level of the largest leaf that code, or data beside code, may have at `gpa`. Where
+    /// code needs small ones, those that are there stay: data beside the code would bring a
+    /// larger one back, and the code take it away, in turn.
+    #[inline]
+    pub(super) fn most_level(&self, gpa: Gpa, fetch: bool) -> u32 {
+        if self.large_code {
+            return ROOT_LEVEL;
+        }
+        if fetch { 1 } else { self.lowest(gpa.0).2 }
     }
 
     /// The lowest entry on the way to the 4 KB page at `gpa`: its table, its index
@@ -391,7 +413,7 @@ impl<H: Host> Ept<H> {
                 };
             level = level.wrapping_sub(1);
         }
-        write_leaf(table, gpa, leaf, counters)
+        write_leaf(table, gpa, leaf, self.large_code, counters)
     }
 
     /// Writes a leaf of 4 KB for each of `pages` that is there and has none yet.
@@ -405,6 +427,7 @@ impl<H: Host> Ept<H> {
         write: bool,
         counters: &Counters,
     ) {
+        let large_code = self.large_code;
         let Some(table) = self.bottom(first) else {
             return;
         };
@@ -422,7 +445,7 @@ impl<H: Host> Ept<H> {
                 write: write && page.is_writable(),
                 piece: PAGE_SHIFT,
             };
-            table.set(index, leaf.bits());
+            table.set(index, leaf.bits(large_code));
             written = written.wrapping_add(1);
         }
         table.live = table.live.wrapping_add(written);
@@ -468,11 +491,17 @@ fn conflict(gpa: Gpa, level: u32, smaller: bool) -> Install {
     }
 }
 
-fn write_leaf<H: Host>(table: &mut Table<H>, gpa: Gpa, leaf: Leaf, counters: &Counters) -> Install {
+fn write_leaf<H: Host>(
+    table: &mut Table<H>,
+    gpa: Gpa,
+    leaf: Leaf,
+    large_code: bool,
+    counters: &Counters,
+) -> Install {
     let level = leaf.size.level();
     let index = index_of(gpa.0, level);
     let old = table.get(index);
-    let new = leaf.bits();
+    let new = leaf.bits(large_code);
     if old == 0 {
         table.live = table.live.wrapping_add(1);
         table.set(index, new);
