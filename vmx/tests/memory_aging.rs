@@ -10,14 +10,12 @@ use haxm_vmx::arch::addr::Hva;
 use haxm_vmx::arch::ept::EptVpidCaps;
 use haxm_vmx::host::Aging;
 use haxm_vmx::memory::{Access, AddressSpace, FaultOutcome};
-use memory_host::access::{back, fault};
+use memory_host::access::{GB, MB, back, fault};
 use memory_host::{Allocator, FakeHost, PAGE, UNDER_SPIN};
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
 
-const MB: u64 = 1 << 20;
-const GB: u64 = 1 << 30;
 /// The client's first page.
 const FIRST: u64 = GB / PAGE;
 

@@ -8,29 +8,18 @@ use haxm_vmx::Error;
 use haxm_vmx::arch::addr::{Gpa, Hva};
 use haxm_vmx::arch::ept::EptVpidCaps;
 use haxm_vmx::memory::{Access, AddressSpace, FaultOutcome, Reserve};
-use memory_host::access::{back, fault, frame_at};
+use memory_host::access::{GB, INVALID, MB, ROM, STANDALONE, back, fault, frame_at, machine};
 use memory_host::{Allocator, Backing, FakeHost, PAGE};
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
 
-const ROM: u32 = 1;
-const STANDALONE: u32 = 0x40;
-const INVALID: u32 = 0x80;
-const MB: u64 = 1 << 20;
-const GB: u64 = 1 << 30;
-
-const ALL: EptVpidCaps = EptVpidCaps::PAGE_2M.union(EptVpidCaps::PAGE_1G);
-
-fn machine() -> (FakeHost, AddressSpace<FakeHost>) {
-    let host = FakeHost::new(4);
-    let space = AddressSpace::new(&host, ALL, 48).unwrap();
-    (host, space)
-}
+/// Without accessed and dirty flags.
+const PLAIN: EptVpidCaps = EptVpidCaps::PAGE_2M.union(EptVpidCaps::PAGE_1G);
 
 fn pinning_machine() -> (FakeHost, AddressSpace<FakeHost>) {
     let host = FakeHost::pinning(4);
-    let space = AddressSpace::new(&host, ALL, 48).unwrap();
+    let space = AddressSpace::new(&host, PLAIN, 48).unwrap();
     (host, space)
 }
 
@@ -38,7 +27,7 @@ fn pinning_machine() -> (FakeHost, AddressSpace<FakeHost>) {
 /// 256 KB, within the slot, none that is absent, moving, or of larger pages.
 #[test]
 fn a_fault_maps_the_pages_around_that_are_there() {
-    let (host, space) = machine();
+    let (host, space) = machine(PLAIN);
     let first = GB / PAGE;
     back(&host, GB, 2 * MB, 0x10_0000, 12);
     host.0.resident.lock().unwrap().extend(first..first + 512);
@@ -80,7 +69,7 @@ fn a_fault_maps_the_pages_around_that_are_there() {
 /// that is written too; and everything in a read-only slot is.
 #[test]
 fn pages_around_have_the_rights_that_the_host_gives() {
-    let (host, space) = machine();
+    let (host, space) = machine(PLAIN);
     let first = GB / PAGE;
     back(&host, GB, MB, 0x10_0000, 12);
     for page in [first + 3, first + 5] {
@@ -111,7 +100,7 @@ fn pages_around_have_the_rights_that_the_host_gives() {
 /// touched one, and is dropped for the same reasons.
 #[test]
 fn pages_around_that_change_meanwhile_are_not_mapped() {
-    let (host, space) = machine();
+    let (host, space) = machine(PLAIN);
     let first = GB / PAGE;
     back(&host, GB, MB, 0x10_0000, 12);
     host.0.resident.lock().unwrap().extend(first..first + 256);
@@ -152,7 +141,7 @@ fn pages_around_that_change_meanwhile_are_not_mapped() {
 /// pages touched in no order one by one.
 #[test]
 fn pages_are_brought_in_ahead_of_a_run_of_touches() {
-    let (host, space) = machine();
+    let (host, space) = machine(PLAIN);
     let first = GB / PAGE;
     back(&host, GB, 4 * MB, 0x10_0000, 12);
     space.add_ram_block(Hva(GB), 4 * MB).unwrap();

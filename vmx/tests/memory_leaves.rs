@@ -8,26 +8,11 @@ mod memory_host;
 use haxm_vmx::arch::addr::Hva;
 use haxm_vmx::arch::ept::EptVpidCaps;
 use haxm_vmx::memory::AddressSpace;
-use memory_host::access::{back, frame_at};
+use memory_host::access::{ALL, GB, INVALID, MB, ROM, back, frame_at, machine};
 use memory_host::{Allocator, Backing, FakeHost, PAGE};
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
-
-const ROM: u32 = 1;
-const INVALID: u32 = 0x80;
-const MB: u64 = 1 << 20;
-const GB: u64 = 1 << 30;
-
-const ALL: EptVpidCaps = EptVpidCaps::PAGE_2M
-    .union(EptVpidCaps::PAGE_1G)
-    .union(EptVpidCaps::ACCESSED_DIRTY);
-
-fn machine() -> (FakeHost, AddressSpace<FakeHost>) {
-    let host = FakeHost::new(4);
-    let space = AddressSpace::new(&host, ALL, 48).unwrap();
-    (host, space)
-}
 
 #[test]
 fn leaves_are_as_large_as_host_processor_and_slot_allow() {
@@ -72,7 +57,7 @@ fn leaves_are_as_large_as_host_processor_and_slot_allow() {
 
 #[test]
 fn a_large_leaf_gives_way_to_small_ones_and_comes_back() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     let large = |frame: u64| {
         move |page: u64| Backing {
             frame: frame + page,
@@ -162,7 +147,7 @@ fn a_large_leaf_comes_back_whichever_page_is_touched() {
         ),
     ];
     for (part, mend) in part_and_mend {
-        let (host, space) = machine();
+        let (host, space) = machine(ALL);
         back(&host, GB, 6 * MB, 0x10_0000, 21);
         space.add_ram_block(Hva(GB), 6 * MB).unwrap();
         space.set_ram(0, 4 * MB, GB, 0).unwrap();
@@ -187,7 +172,7 @@ fn a_large_leaf_comes_back_whichever_page_is_touched() {
 /// and ends in another.
 #[test]
 fn a_large_leaf_comes_back_at_either_end_of_the_change() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     back(&host, GB, 8 * MB, 0x10_0000, 21);
     space.add_ram_block(Hva(GB), 8 * MB).unwrap();
     space.set_ram(0, 6 * MB, GB, 0).unwrap();
@@ -211,7 +196,7 @@ fn a_large_leaf_comes_back_at_either_end_of_the_change() {
 /// A protected page anywhere in a gigabyte keeps its one leaf away.
 #[test]
 fn no_huge_leaf_reaches_over_a_protected_page() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     let backing = Backing {
         frame: 0x4_0000 * 3,
         writable: true,
@@ -238,7 +223,7 @@ fn no_huge_leaf_reaches_over_a_protected_page() {
 /// Small leaves stay where a large one cannot be, and beside what has changed.
 #[test]
 fn leaves_that_cannot_be_larger_are_left_alone() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     // The host has the first two large pages in one piece each, the third in pages.
     back(&host, GB, 4 * MB, 0x10_0000, 21);
     back(&host, GB + 4 * MB, 2 * MB, 0x20_0000, 12);
@@ -280,7 +265,7 @@ fn leaves_that_cannot_be_larger_are_left_alone() {
 /// The same with 1 GB: leaves of 2 MB beside a page that is ROM for a while.
 #[test]
 fn a_huge_leaf_comes_back() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     for page in [0, 512] {
         let frame = 0x4_0000 * 3 + page;
         host.back(

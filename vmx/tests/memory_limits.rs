@@ -8,21 +8,12 @@ use std::time::{Duration, Instant};
 
 use haxm_vmx::Error;
 use haxm_vmx::arch::addr::{Gpa, Hva};
-use haxm_vmx::arch::ept::EptVpidCaps;
 use haxm_vmx::memory::{Access, AddressSpace, FaultOutcome, Reserve};
+use memory_host::access::{ALL, GB, INVALID, MB, STANDALONE};
 use memory_host::{Allocator, Backing, FakeHost, PAGE, with_failure};
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
-
-const STANDALONE: u32 = 0x40;
-const INVALID: u32 = 0x80;
-const MB: u64 = 1 << 20;
-const GB: u64 = 1 << 30;
-
-const ALL: EptVpidCaps = EptVpidCaps::PAGE_2M
-    .union(EptVpidCaps::PAGE_1G)
-    .union(EptVpidCaps::ACCESSED_DIRTY);
 
 /// Every allocation of every call fails once; nothing changes, nothing leaks.
 #[test]

@@ -18,13 +18,12 @@ use std::time::{Duration, Instant};
 use haxm_vmx::arch::addr::{Gpa, Hva};
 use haxm_vmx::arch::ept::EptVpidCaps;
 use haxm_vmx::memory::{Access, AddressSpace, FaultOutcome, Reserve};
+use memory_host::access::{INVALID, STANDALONE};
 use memory_host::{Allocator, Backing, FakeHost, PAGE, Random, UNDER_SPIN, run_as_cpu};
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
 
-const STANDALONE: u32 = 0x40;
-const INVALID: u32 = 0x80;
 const GROUP: u64 = 512;
 const VCPUS: usize = 3;
 /// The client's memory: pages `CLIENT..CLIENT + PAGES`, mapped at GPA 0.

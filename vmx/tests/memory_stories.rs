@@ -11,35 +11,18 @@ use std::time::Duration;
 
 use haxm_vmx::Error;
 use haxm_vmx::arch::addr::{Gpa, Hva};
-use haxm_vmx::arch::ept::EptVpidCaps;
-use haxm_vmx::memory::{Access, AccessError, AddressSpace, FaultOutcome, Reserve};
-use memory_host::access::{back, fault, frame_at};
-use memory_host::{Allocator, FakeHost, PAGE};
+use haxm_vmx::memory::{Access, AccessError, FaultOutcome, Reserve};
+use memory_host::access::{ALL, GB, INVALID, MB, ROM, STANDALONE, back, fault, frame_at, machine};
+use memory_host::{Allocator, PAGE};
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
-
-const ROM: u32 = 1;
-const STANDALONE: u32 = 0x40;
-const INVALID: u32 = 0x80;
-const MB: u64 = 1 << 20;
-const GB: u64 = 1 << 30;
-
-const ALL: EptVpidCaps = EptVpidCaps::PAGE_2M
-    .union(EptVpidCaps::PAGE_1G)
-    .union(EptVpidCaps::ACCESSED_DIRTY);
-
-fn machine() -> (FakeHost, AddressSpace<FakeHost>) {
-    let host = FakeHost::new(4);
-    let space = AddressSpace::new(&host, ALL, 48).unwrap();
-    (host, space)
-}
 
 /// The story this project started from: the Android Emulator maps short-lived
 /// buffers, and the second overlaps the first in the client's memory.
 #[test]
 fn a_standalone_buffer_can_be_mapped_unmapped_and_mapped_from_an_overlapping_one() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     let (gpa, size) = (0x7dffff000, 512 * MB);
     for (number, hva) in [0x14e070000, 0x14de70000, 0x14e070000]
         .into_iter()
@@ -76,7 +59,7 @@ fn a_standalone_buffer_can_be_mapped_unmapped_and_mapped_from_an_overlapping_one
 
 #[test]
 fn a_standalone_block_lives_as_long_as_a_slot_uses_it() {
-    let (_host, space) = machine();
+    let (_host, space) = machine(ALL);
     let (gpa, va) = (0x10_0000, 0x4000_0000);
     space.set_ram(gpa, 16 * PAGE, va, STANDALONE).unwrap();
     // The same memory cannot be a block twice.
@@ -106,7 +89,7 @@ fn a_standalone_block_lives_as_long_as_a_slot_uses_it() {
 
 #[test]
 fn an_ordinary_block_stays_when_its_last_slot_goes() {
-    let (_host, space) = machine();
+    let (_host, space) = machine(ALL);
     space.add_ram_block(Hva(GB), MB).unwrap();
     space.set_ram(0, MB, GB, 0).unwrap();
     space.set_ram(0, MB, 0, INVALID).unwrap();
@@ -118,7 +101,7 @@ fn an_ordinary_block_stays_when_its_last_slot_goes() {
 /// HAXM kept the old buffer when a mapped range was mapped to another.
 #[test]
 fn a_remap_takes_effect() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     let (old, new) = (GB, 2 * GB);
     back(&host, old, MB, 0x1000, 12);
     back(&host, new, MB, 0x8000, 12);
@@ -140,7 +123,7 @@ fn a_remap_takes_effect() {
 
 #[test]
 fn a_write_to_rom_is_for_the_device_whatever_made_the_mapping() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     back(&host, GB, MB, 0x1000, 12);
     for flags in [ROM, ROM | STANDALONE] {
         if flags == ROM {
@@ -161,7 +144,7 @@ fn a_write_to_rom_is_for_the_device_whatever_made_the_mapping() {
 
 #[test]
 fn hostile_arguments_are_refused() {
-    let (_host, space) = machine();
+    let (_host, space) = machine(ALL);
     space.add_ram_block(Hva(GB), MB).unwrap();
     let top = 1u64 << 48;
     for (gpa, size, va, flags) in [
@@ -226,7 +209,7 @@ fn hostile_arguments_are_refused() {
 /// Snapshot loading on demand: protect everything, then open group by group.
 #[test]
 fn protection_works_in_groups_of_two_megabytes() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     back(&host, GB, 8 * MB, 0x1000, 12);
     space.add_ram_block(Hva(GB), 8 * MB).unwrap();
     space.set_ram(0, 8 * MB, GB, 0).unwrap();
@@ -260,7 +243,7 @@ fn protection_works_in_groups_of_two_megabytes() {
 
 #[test]
 fn what_changed_during_a_fault_is_not_mapped() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     back(&host, GB, 2 * MB, 0x10_0000, 21);
     space.add_ram_block(Hva(GB), 4 * MB).unwrap();
     space.set_ram(0, 2 * MB, GB, 0).unwrap();
@@ -304,7 +287,7 @@ fn what_changed_during_a_fault_is_not_mapped() {
 /// all away.
 #[test]
 fn an_invalidation_reaches_every_alias() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     back(&host, GB, PAGE, 0x1000, 12);
     space.add_ram_block(Hva(GB), PAGE).unwrap();
     for alias in 0..300 {
@@ -319,7 +302,7 @@ fn an_invalidation_reaches_every_alias() {
 /// The client changes the map while a fault is between its two looks at it.
 #[test]
 fn a_slot_that_changed_during_a_fault_is_not_mapped() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     back(&host, GB, MB, 0x1000, 12);
     space.add_ram_block(Hva(GB), MB).unwrap();
     let space = Arc::new(space);
@@ -344,7 +327,7 @@ fn a_slot_that_changed_during_a_fault_is_not_mapped() {
 /// run with the accessed and dirty flags on.
 #[test]
 fn page_tables_in_rom_turn_the_flags_off() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     back(&host, GB, PAGE, 0x1000, 12);
     space.add_ram_block(Hva(GB), PAGE).unwrap();
     space.set_ram(0, PAGE, GB, ROM).unwrap();
@@ -374,7 +357,7 @@ fn page_tables_in_rom_turn_the_flags_off() {
 
 #[test]
 fn only_processors_in_the_guest_are_waited_for() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     back(&host, GB, MB, 0x1000, 12);
     space.add_ram_block(Hva(GB), MB).unwrap();
     space.set_ram(0, MB, GB, 0).unwrap();
@@ -406,7 +389,7 @@ fn only_processors_in_the_guest_are_waited_for() {
 /// it: the client may use the buffer for something else once the call returns.
 #[test]
 fn a_change_waits_for_copies_under_way() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     back(&host, GB, MB, 0x1000, 12);
     space.add_ram_block(Hva(GB), MB).unwrap();
     for protect in [false, true] {
@@ -439,7 +422,7 @@ fn a_change_waits_for_copies_under_way() {
 
 #[test]
 fn compare_exchange_is_checked_and_exact() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     back(&host, GB, PAGE, 0x1000, 12);
     space.add_ram_block(Hva(GB), PAGE).unwrap();
     space.set_ram(0, PAGE, GB, 0).unwrap();
@@ -476,7 +459,7 @@ fn compare_exchange_is_checked_and_exact() {
 /// What a series of reads has looked up stays good until the series ends, and a change waits for that.
 #[test]
 fn a_change_waits_for_a_series_of_reads() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     back(&host, GB, MB, 0x1000, 12);
     space.add_ram_block(Hva(GB), MB).unwrap();
     for protect in [false, true] {
@@ -514,7 +497,7 @@ fn a_change_waits_for_a_series_of_reads() {
 /// A series of reads goes from slot to slot, back and forth, and finds what a single read finds.
 #[test]
 fn a_series_of_reads_keeps_slots_apart() {
-    let (host, space) = machine();
+    let (host, space) = machine(ALL);
     back(&host, GB, 4 * PAGE, 0x1000, 12);
     space.add_ram_block(Hva(GB), 4 * PAGE).unwrap();
     // The second page is a hole, the third the block's last.

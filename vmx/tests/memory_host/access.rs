@@ -2,9 +2,30 @@
 
 use haxm_vmx::Error;
 use haxm_vmx::arch::addr::Gpa;
+use haxm_vmx::arch::ept::EptVpidCaps;
 use haxm_vmx::memory::{Access, AddressSpace, FaultOutcome, Reserve};
 
 use super::{Backing, FakeHost, PAGE};
+
+pub(crate) const MB: u64 = 1 << 20;
+pub(crate) const GB: u64 = 1 << 30;
+
+/// SET_RAM's flags.
+pub(crate) const ROM: u32 = 1;
+pub(crate) const STANDALONE: u32 = 0x40;
+pub(crate) const INVALID: u32 = 0x80;
+
+/// EPT with leaves of each size, and accessed and dirty flags.
+pub(crate) const ALL: EptVpidCaps = EptVpidCaps::PAGE_2M
+    .union(EptVpidCaps::PAGE_1G)
+    .union(EptVpidCaps::ACCESSED_DIRTY);
+
+/// A machine with four processors, and an empty address space on it.
+pub(crate) fn machine(caps: EptVpidCaps) -> (FakeHost, AddressSpace<FakeHost>) {
+    let host = FakeHost::new(4);
+    let space = AddressSpace::new(&host, caps, 48).unwrap();
+    (host, space)
+}
 
 /// Backs `size` bytes of the client from `va` with frames from `frame` up.
 pub(crate) fn back(host: &FakeHost, va: u64, size: u64, frame: u64, shift: u32) {
