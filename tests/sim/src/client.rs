@@ -60,6 +60,17 @@ impl Client {
         }
     }
 
+    /// On a machine of its own, a [`Machine::haswell`], in protected mode.
+    ///
+    /// # Panics
+    /// As [`Client::new`].
+    #[must_use]
+    pub fn protected() -> Self {
+        let client = Self::new(&Machine::haswell());
+        client.protected_mode();
+        client
+    }
+
     /// Writes guest RAM, as the client does.
     pub fn load(&self, gpa: u64, bytes: &[u8]) {
         self.process.poke(Hva(self.ram.0 + gpa), bytes);

@@ -1,8 +1,8 @@
 //! A plain instruction on a device: the client has the access, the instruction waits to be finished.
 
 use abi::tunnel::{ExitStatus, offset};
+use sim::Step;
 use sim::client::{CODE, Client};
-use sim::{Machine, Step};
 
 /// Device memory.
 const DEVICE: u64 = 0xd000_0000;
@@ -26,8 +26,7 @@ const ADD: [u8; 6] = [0x01, 0x05, 0, 0, 0, 0xd0];
 const STATUS: u64 = 0x8c5;
 
 fn guest(code: &[u8]) -> Client {
-    let client = Client::new(&Machine::haswell());
-    client.protected_mode();
+    let client = Client::protected();
     client.load(CODE, code);
     client
 }

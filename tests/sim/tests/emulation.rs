@@ -1,8 +1,8 @@
 //! An instruction under way while the client holds its request.
 
 use abi::tunnel::{ExitStatus, offset};
+use sim::Step;
 use sim::client::{CODE, Client};
-use sim::{Machine, Step};
 
 /// Device memory.
 const DEVICE: u64 = 0xd000_0000;
@@ -11,8 +11,7 @@ const VALUE: usize = 8;
 
 /// PUSH of device memory: the stack is used only when the client has answered.
 fn pushing() -> Client {
-    let client = Client::new(&Machine::haswell());
-    client.protected_mode();
+    let client = Client::protected();
     // push dword ptr [d0000000h]
     client.load(CODE, &[0xff, 0x35, 0, 0, 0, 0xd0]);
     let status = client.run([Step::read(DEVICE, 4, 0, 6)]);

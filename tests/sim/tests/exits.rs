@@ -55,8 +55,7 @@ fn every_reason_has_an_answer_and_a_row_in_the_docs() {
 #[test]
 fn the_core_does_what_the_table_says() {
     for (number, answer) in all() {
-        let client = Client::new(&Machine::haswell());
-        client.protected_mode();
+        let client = Client::protected();
         let rip = client.regs().rip;
         match answer {
             Answer::Undefined => {
@@ -77,8 +76,7 @@ fn the_core_does_what_the_table_says() {
         }
         client.finish();
     }
-    let client = Client::new(&Machine::haswell());
-    client.protected_mode();
+    let client = Client::protected();
     // INIT is no guest's: RUN returns, and goes on.
     assert_eq!(client.run([Step::exits(3, 0, 0)]), ExitStatus::Interrupt);
     assert_eq!(client.run([]), ExitStatus::Interrupt);

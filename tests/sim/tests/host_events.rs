@@ -5,15 +5,9 @@ use sim::client::{CODE, Client};
 use sim::{Machine, Profile, Step};
 use vmx::Vm;
 
-fn client() -> Client {
-    let client = Client::new(&Machine::haswell());
-    client.protected_mode();
-    client
-}
-
 #[test]
 fn host_events_end_run() {
-    let client = client();
+    let client = Client::protected();
     assert_eq!(
         client.run([Step::host_interrupt(), Step::output(1, 1, 1)]),
         ExitStatus::Interrupt
@@ -45,7 +39,7 @@ fn a_signal_comes_before_the_pdptes() {
     const TABLE: u64 = 0x8000;
     const GUEST_PDPTE0: u32 = 0x280a;
     for (entry, taken) in [(0x9001_u64, true), (0x9003, false)] {
-        let client = client();
+        let client = Client::protected();
         client.load(TABLE, &entry.to_le_bytes());
         client.change_regs(|state| {
             state.cr3 = TABLE;
@@ -79,7 +73,7 @@ fn a_signal_comes_before_the_pdptes() {
 /// while a page is mapped. One from before is the client's to see.
 #[test]
 fn a_signal_on_the_way_into_the_guest() {
-    let client = client();
+    let client = Client::protected();
     client.machine.send_signal();
     assert_eq!(client.run([Step::output(1, 1, 1)]), ExitStatus::Io);
     let machine = client.machine.clone();
@@ -97,7 +91,7 @@ fn a_signal_on_the_way_into_the_guest() {
 /// Another thread queues a vector while the guest runs.
 #[test]
 fn an_interrupt_from_another_thread() {
-    let client = client();
+    let client = Client::protected();
     client.change_regs(|state| state.rflags |= 0x200);
     let vcpu = client.vcpu.clone();
     let queue = Step::act(move |_| vcpu.interrupt(0x40));
@@ -111,7 +105,7 @@ fn an_interrupt_from_another_thread() {
 
 #[test]
 fn a_host_nmi_reaches_the_host_once() {
-    let client = client();
+    let client = Client::protected();
     assert_eq!(
         client.run([Step::host_nmi(), Step::output(1, 1, 1)]),
         ExitStatus::Io
@@ -124,7 +118,7 @@ fn a_host_nmi_reaches_the_host_once() {
 #[test]
 fn a_host_nmi_meets_a_delivery() {
     for fresh_stack in [false, true] {
-        let client = client();
+        let client = Client::protected();
         client.change_regs(|state| state.rflags |= 0x200);
         client.vcpu.interrupt(0x55);
         client.vcpu.interrupt(0x33);
@@ -151,7 +145,7 @@ fn a_host_nmi_meets_a_delivery() {
 /// The host's, like any other; and the guest's state is half loaded.
 #[test]
 fn a_machine_check_at_the_entry_is_the_hosts_and_ends_the_guest() {
-    let client = client();
+    let client = Client::protected();
     assert_eq!(client.run([Step::output(1, 1, 1)]), ExitStatus::Io);
     client.machine.machine_check_at_entry();
     assert_eq!(client.run_fails([]), vmx::Error::Invalid);
@@ -164,7 +158,7 @@ fn a_machine_check_at_the_entry_is_the_hosts_and_ends_the_guest() {
 
 #[test]
 fn a_machine_check_is_the_hosts_and_ends_the_guest() {
-    let client = client();
+    let client = Client::protected();
     let machine_check = vmx::arch::event::vector::MC;
     assert_eq!(
         client.run([Step::exception(machine_check, None, 0)]),
@@ -195,7 +189,7 @@ fn a_change_of_guest_bars_its_branch_predictions() {
 
 #[test]
 fn a_kick_ends_a_run_on_another_thread() {
-    let client = client();
+    let client = Client::protected();
     let vcpu = client.vcpu.clone();
     let machine = client.machine.clone();
     let thread = std::thread::spawn(move || {
@@ -215,7 +209,7 @@ fn a_kick_ends_a_run_on_another_thread() {
 /// without help it hears of the interrupt at the host's next tick.
 #[test]
 fn an_interprocessor_interrupt_ends_the_runs_of_the_other_vcpus() {
-    let client = client();
+    let client = Client::protected();
     let machine = &client.machine;
     // One processor each, and no VMCS to be fetched from the other's.
     machine.set_affinity(Some(0));

@@ -9,22 +9,15 @@ use sim::client::{CODE, Client, RAM_SIZE};
 use sim::{Access, Machine, Profile, Step, StringIo};
 use vmx::arch::addr::Hva;
 use vmx::arch::msr;
+use vmx::arch::reg::gpr::{RAX, RCX};
 use vmx::host::{Aging, Mitigations};
 use vmx::{Error, Vm};
 
-const RAX: usize = 0;
-const RCX: usize = 1;
 const ROM: u32 = 1;
 const STANDALONE: u32 = 0x40;
 const INVALID: u32 = 0x80;
 /// Guest addresses where nothing is mapped.
 const DEVICE: u64 = 0xfee0_0000;
-
-fn client() -> Client {
-    let client = Client::new(&Machine::haswell());
-    client.protected_mode();
-    client
-}
 
 /// On a host that reports changes, also where the others pin.
 fn borrowing_client() -> Client {
@@ -49,7 +42,7 @@ fn mov_eax_to(address: u64) -> [u8; 5] {
 
 #[test]
 fn ram_is_mapped_when_it_is_touched() {
-    let client = client();
+    let client = Client::protected();
     client.load(0x5000, &0x1122_3344u32.to_le_bytes());
     let status = client.run([
         Step::read(0x5000, 4, 0x1122_3344, 2),
@@ -71,7 +64,7 @@ fn ram_is_mapped_when_it_is_touched() {
 
 #[test]
 fn a_page_read_first_can_be_written_later() {
-    let client = client();
+    let client = Client::protected();
     // The host backs the read with its page of zeros, which must not be written.
     let status = client.run([
         Step::read(0x7000, 8, 0, 2),
@@ -85,7 +78,7 @@ fn a_page_read_first_can_be_written_later() {
 
 #[test]
 fn mmio_goes_to_the_client() {
-    let client = client();
+    let client = Client::protected();
     client.load(CODE, &mov_eax_to(DEVICE + 0x30));
     client.load(CODE + 5, &mov_eax_from(DEVICE + 0x20));
     let status = client.run([
@@ -113,7 +106,7 @@ fn mmio_goes_to_the_client() {
 
 #[test]
 fn an_unknown_instruction_on_mmio_does_not_kill_the_guest() {
-    let client = client();
+    let client = Client::protected();
     // UD2 where the guest claims to have accessed a device.
     client.load(CODE, &[0x0f, 0x0b]);
     let status = client.run([Step::read(DEVICE, 4, 0, 2)]);
@@ -124,7 +117,7 @@ fn an_unknown_instruction_on_mmio_does_not_kill_the_guest() {
 
 #[test]
 fn strings_of_ports() {
-    let client = client();
+    let client = Client::protected();
     client.load(0x6000, b"hello, world");
     client.load(CODE, &[0xf3, 0x6e]);
     client.change_regs(|state| {
@@ -186,7 +179,7 @@ fn strings_of_ports() {
 
 #[test]
 fn rom_reads_like_memory_and_writes_like_a_device() {
-    let client = client();
+    let client = Client::protected();
     let rom = client.process.map(0x2000);
     client.process.poke(rom, &[0x77; 16]);
     client
@@ -213,7 +206,7 @@ fn rom_reads_like_memory_and_writes_like_a_device() {
 
 #[test]
 fn a_remap_takes_effect() {
-    let client = client();
+    let client = Client::protected();
     let first = client.process.map(0x1000);
     let second = client.process.map(0x1000);
     client.process.poke(first, &[1]);
@@ -235,7 +228,7 @@ fn a_remap_takes_effect() {
 
 #[test]
 fn protected_pages_come_to_the_client() {
-    let client = client();
+    let client = Client::protected();
     client.run([Step::write(0x8000, 4, 7, 2)]);
     client.vm.protect_ram(0x8000, 0x1000, 0).unwrap();
     let status = client.run([Step::write(0x8004, 4, 8, 2)]);
@@ -277,7 +270,7 @@ fn the_host_takes_pages_away() {
 
 #[test]
 fn memory_that_is_gone_stops_the_vcpu_not_the_host() {
-    let client = client();
+    let client = Client::protected();
     client.process.unmap(Hva(client.ram.0 + 0xb000), 0x1000);
     let status = client.run([Step::write(0xb000, 4, 1, 2)]);
     assert_eq!(status, ExitStatus::StateChange);
@@ -349,7 +342,7 @@ fn code_has_small_leaves_where_it_needs_them() {
 
 #[test]
 fn a_fault_in_that_a_signal_interrupts_is_repeated() {
-    let client = client();
+    let client = Client::protected();
     client.process.interrupt_fault_in(0);
     let status = client.run([Step::write(0xc000, 4, 1, 2)]);
     assert_eq!(status, ExitStatus::Interrupt);
@@ -360,7 +353,7 @@ fn a_fault_in_that_a_signal_interrupts_is_repeated() {
 
 #[test]
 fn delivery_through_a_fresh_page_is_repeated() {
-    let client = client();
+    let client = Client::protected();
     client.change_regs(|state| state.rflags |= 0x200);
     client.vcpu.interrupt(0x55);
     // Delivering the vector touches the stack, which is not mapped yet.
@@ -433,7 +426,7 @@ fn a_guest_that_runs_loses_a_page_at_once() {
 
 #[test]
 fn pages_come_and_go_while_two_vcpus_run() {
-    let client = client();
+    let client = Client::protected();
     let second = Vm::create_vcpu(&client.vm, 1).unwrap();
     second.set_regs(&client.regs()).unwrap();
     let threads: Vec<_> = [client.vcpu.clone(), second]
@@ -471,7 +464,7 @@ fn pages_come_and_go_while_two_vcpus_run() {
 
 #[test]
 fn requests_that_make_no_sense_change_nothing() {
-    let client = client();
+    let client = Client::protected();
     let ram = client.ram.0;
     for (gpa, size, va, flags) in [
         (0x123, 0x1000, ram, 0),

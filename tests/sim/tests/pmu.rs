@@ -13,11 +13,9 @@ use vmx::arch::msr::{
     IA32_PEBS_ENABLE, IA32_PERF_CAPABILITIES, IA32_PERF_GLOBAL_CTRL, IA32_PERF_GLOBAL_STATUS,
     IA32_PERFEVTSEL0, IA32_PMC0,
 };
+use vmx::arch::reg::gpr::{RAX, RCX, RDX};
 use vmx::cpu::{Cpu, CpuidResult};
 
-const RAX: usize = 0;
-const RCX: usize = 1;
-const RDX: usize = 2;
 const RDPMC: u16 = 15;
 /// EN, OS, USR, instructions retired.
 const INSTRUCTIONS: u64 = 0x43_00c0;

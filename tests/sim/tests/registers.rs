@@ -1,22 +1,14 @@
 //! Registers at their edges: bits that are always one, operands that are cut, what SET_REGS makes fit.
 
 use abi::tunnel::ExitStatus;
+use sim::Step;
 use sim::client::Client;
-use sim::{Machine, Step};
-
-const RAX: usize = 0;
-const RBX: usize = 3;
-
-fn client() -> Client {
-    let client = Client::new(&Machine::haswell());
-    client.protected_mode();
-    client
-}
+use vmx::arch::reg::gpr::{RAX, RBX};
 
 /// SET_REGS with zeroes in bits that are always one.
 #[test]
 fn debug_registers_keep_their_fixed_bits() {
-    let client = client();
+    let client = Client::protected();
     client.change_regs(|state| (state.dr6, state.dr7) = (1 << 16, 0));
     let state = client.regs();
     assert_eq!((state.dr6, state.dr7), (0xffff_0ff0, 0x400));
@@ -29,7 +21,7 @@ fn debug_registers_keep_their_fixed_bits() {
 /// MOV DR exits whatever the privilege level is: SDM 26.1.3 "Instructions That Cause VM Exits Conditionally".
 #[test]
 fn debug_registers_are_not_for_user_code() {
-    let client = client();
+    let client = Client::protected();
     client.change_regs(|state| {
         state.cs.selector |= 3;
         state.ss.selector |= 3;
@@ -49,7 +41,7 @@ fn debug_registers_are_not_for_user_code() {
 #[test]
 fn operands_of_control_and_debug_registers() {
     const HIGH: u64 = 0x1234_5678_0000_0000;
-    let client = client();
+    let client = Client::protected();
     let status = client.run([
         Step::mov_to_cr(0, RBX, HIGH | 0x4000_0011),
         Step::mov_from_cr(0, RAX),
@@ -66,7 +58,7 @@ fn operands_of_control_and_debug_registers() {
 /// Outside 64-bit code it has 32 bits.
 #[test]
 fn the_instruction_pointer_wraps_at_four_gigabytes() {
-    let client = client();
+    let client = Client::protected();
     client.change_regs(|state| state.rip = 0xffff_fffe);
     assert_eq!(client.run([Step::cpuid(0, 0)]), ExitStatus::Interrupt);
     assert_eq!(client.regs().rip, 0);
@@ -77,7 +69,7 @@ fn the_instruction_pointer_wraps_at_four_gigabytes() {
 #[test]
 fn what_set_regs_makes_fit_for_an_entry() {
     const FOREIGN: u64 = 1 << 13 | 1 << 14 | 1 << 22 | 1 << 31;
-    let client = client();
+    let client = Client::protected();
     client.change_regs(|state| {
         state.cr4 |= FOREIGN;
         state.rflags = 0;

@@ -6,17 +6,7 @@ use sim::client::{CODE, Client};
 use sim::{Machine, Profile, Step};
 use vmx::Error;
 use vmx::arch::addr::Hva;
-
-const RAX: usize = 0;
-const RCX: usize = 1;
-const RDX: usize = 2;
-const RBX: usize = 3;
-
-fn client() -> Client {
-    let client = Client::new(&Machine::haswell());
-    client.protected_mode();
-    client
-}
+use vmx::arch::reg::gpr::{RAX, RBX, RCX, RDX};
 
 #[test]
 fn a_fresh_vcpu_enters_on_every_model_with_unrestricted_guest() {
@@ -51,7 +41,7 @@ fn every_mode_enters() {
 
 #[test]
 fn cpuid_stays_in_the_kernel() {
-    let client = client();
+    let client = Client::protected();
     let status = client.run([
         Step::set_gpr(RAX, u64::MAX),
         Step::cpuid(0, 0),
@@ -71,7 +61,7 @@ fn cpuid_stays_in_the_kernel() {
 
 #[test]
 fn out_hands_the_value_to_the_client() {
-    let client = client();
+    let client = Client::protected();
     for (size, bytes) in [
         (1, vec![0x44]),
         (2, vec![0x44, 0x33]),
@@ -95,7 +85,7 @@ fn in_takes_the_value_from_the_client() {
         (2, 0xffff_ffff_ffff_3344),
         (4, 0x1122_3344),
     ] {
-        let client = client();
+        let client = Client::protected();
         let status = client.run([Step::set_gpr(RAX, u64::MAX), Step::input(0x60, size)]);
         assert_eq!(status, ExitStatus::Io);
         let io = client.tunnel().io();
@@ -113,7 +103,7 @@ fn in_takes_the_value_from_the_client() {
 
 #[test]
 fn hlt_goes_to_the_client_unless_an_interrupt_waits() {
-    let client = client();
+    let client = Client::protected();
     client.change_regs(|state| state.rflags |= 0x200);
     assert_eq!(client.run([Step::hlt()]), ExitStatus::Hlt);
     assert_eq!(client.regs().rip, CODE + 1);
@@ -133,7 +123,7 @@ fn hlt_goes_to_the_client_unless_an_interrupt_waits() {
 
 #[test]
 fn interrupts_wait_for_the_window() {
-    let client = client();
+    let client = Client::protected();
     // IF is clear: the vector waits, and comes as soon as STI's shadow ends.
     client.vcpu.interrupt(0x40);
     let status = client.run([
@@ -167,7 +157,7 @@ fn interrupts_wait_for_the_window() {
 
 #[test]
 fn the_client_can_ask_for_the_window() {
-    let client = client();
+    let client = Client::protected();
     client.set_tunnel(offset::REQUEST_INTERRUPT_WINDOW, 1);
     let status = client.run([
         Step::cpuid(0, 0),
@@ -187,7 +177,7 @@ fn the_client_can_ask_for_the_window() {
 /// Also when the RUN before left nothing to do.
 #[test]
 fn a_window_asked_for_later_opens_too() {
-    let client = client();
+    let client = Client::protected();
     let status = client.run([Step::cpuid(0, 0), Step::output(1, 1, 1)]);
     assert_eq!(status, ExitStatus::Io);
     client.set_tunnel(offset::REQUEST_INTERRUPT_WINDOW, 1);
@@ -206,7 +196,7 @@ fn a_window_asked_for_later_opens_too() {
 /// The client's thread is in RUN, another of its threads sets the word: an exit later RUN ends.
 #[test]
 fn a_user_event_ends_run_at_the_next_exit() {
-    let client = client();
+    let client = Client::protected();
     let process = client.process.clone();
     let word = Hva(client.vcpu.tunnel_info().va + offset::USER_EVENT_PENDING as u64);
     let status = client.run([
@@ -225,7 +215,7 @@ fn a_user_event_ends_run_at_the_next_exit() {
 /// A guest that exits all the time and is never interrupted does not keep the processor.
 #[test]
 fn the_processor_is_given_back_after_many_exits() {
-    let client = client();
+    let client = Client::protected();
     client.machine.reset_counts();
     client.run((0..5000).map(|_| Step::cpuid(0, 0)));
     assert_eq!(client.machine.script_left(), 0);
@@ -236,7 +226,7 @@ fn the_processor_is_given_back_after_many_exits() {
 
 #[test]
 fn a_vector_that_the_task_priority_holds_back_is_no_reason_to_spin() {
-    let client = client();
+    let client = Client::protected();
     client.change_regs(|state| state.rflags |= 0x200);
     assert_eq!(
         client.run([Step::mov_to_cr(8, RAX, 8)]),
@@ -259,7 +249,7 @@ fn a_vector_that_the_task_priority_holds_back_is_no_reason_to_spin() {
 
 #[test]
 fn msrs_of_the_guest() {
-    let client = client();
+    let client = Client::protected();
     let status = client.run([
         // Handled: PAT, EFER, APIC base.
         Step::rdmsr(0x277),
@@ -317,7 +307,7 @@ fn syscall_msrs_are_the_guests_own() {
 
 #[test]
 fn control_registers() {
-    let client = client();
+    let client = Client::protected();
     let status = client.run([
         // CD is the guest's to see, caching the host's affair.
         Step::mov_to_cr(0, RBX, 0x4000_0011),
@@ -369,7 +359,7 @@ fn control_registers() {
 
 #[test]
 fn debug_registers_are_the_guests_own() {
-    let client = client();
+    let client = Client::protected();
     for cpu in 0..2 {
         client.machine.set_dr(cpu, 7, 0x455);
     }
@@ -391,7 +381,7 @@ fn debug_registers_are_the_guests_own() {
 
 #[test]
 fn instructions_that_do_not_exist_for_the_guest() {
-    let client = client();
+    let client = Client::protected();
     // GETSEC, RSM, VMCALL, the VMX instructions.
     for reason in [11, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 50, 53] {
         assert_eq!(
@@ -411,7 +401,7 @@ fn instructions_that_do_not_exist_for_the_guest() {
 
 #[test]
 fn instructions_that_do_nothing() {
-    let client = client();
+    let client = Client::protected();
     // INVD, WBINVD, PAUSE: past the instruction, no event.
     for reason in [13, 54, 40] {
         let rip = client.regs().rip;
@@ -427,7 +417,7 @@ fn instructions_that_do_nothing() {
 
 #[test]
 fn xsetbv_checks_its_value() {
-    let client = client();
+    let client = Client::protected();
     let xsetbv = |index: u64, value: u64| {
         Step::new("XSETBV", 3, move |guest| {
             guest.regs.gpr[RCX] = index;
@@ -460,7 +450,7 @@ fn xsetbv_checks_its_value() {
 
 #[test]
 fn extended_registers_are_switched_whole() {
-    let client = client();
+    let client = Client::protected();
     let other = Client::new(&client.machine);
     other.protected_mode();
     client.run([Step::act(|guest| {
@@ -496,7 +486,7 @@ fn extended_registers_are_switched_whole() {
 
 #[test]
 fn exceptions_that_exit_go_back_to_the_guest() {
-    let client = client();
+    let client = Client::protected();
     // #DB and #AC always exit; both reach the guest.
     let status = client.run([Step::exception(1, None, 0x4001), Step::act(|_| {})]);
     assert_eq!(status, ExitStatus::Interrupt);
@@ -504,7 +494,7 @@ fn exceptions_that_exit_go_back_to_the_guest() {
     assert_eq!(received[0].vector, 1);
     assert!(received[0].injected);
     assert_eq!(client.regs().dr6 & 0x4001, 0x4001);
-    let client = self::client();
+    let client = Client::protected();
     client.run([Step::exception(17, Some(0), 0)]);
     let received = client.machine.take_received();
     assert_eq!((received[0].vector, received[0].error_code), (17, Some(0)));
@@ -519,7 +509,7 @@ fn exceptions_that_exit_go_back_to_the_guest() {
 
 #[test]
 fn cr2_is_the_guests_own() {
-    let client = client();
+    let client = Client::protected();
     // The host's is 0xdead0000.
     client.run([Step::act(|guest| assert_eq!(guest.cr2(), 0))]);
     client.change_regs(|state| state.cr2 = 0x1234_5678);
@@ -530,7 +520,7 @@ fn cr2_is_the_guests_own() {
 
 #[test]
 fn a_debugger_sees_breakpoints_and_steps() {
-    let client = client();
+    let client = Client::protected();
     let enable = |control| VcpuDebug {
         control,
         ..VcpuDebug::default()
@@ -558,7 +548,7 @@ fn a_debugger_sees_breakpoints_and_steps() {
 
 #[test]
 fn a_triple_fault_stops_the_vcpu_for_good() {
-    let client = client();
+    let client = Client::protected();
     assert_eq!(client.run([Step::triple_fault()]), ExitStatus::StateChange);
     let launches = client.machine.counts();
     assert_eq!(client.run([]), ExitStatus::StateChange);
@@ -568,7 +558,7 @@ fn a_triple_fault_stops_the_vcpu_for_good() {
 
 #[test]
 fn a_refused_entry_is_an_error_and_stops_the_vcpu() {
-    let client = client();
+    let client = Client::protected();
     // RFLAGS.VM with a real-mode CS: not a state an entry takes.
     client.change_regs(|state| state.tr.base = 0x8000_0000_0000);
     assert_eq!(client.run_fails([]), Error::Invalid);
@@ -580,7 +570,7 @@ fn a_refused_entry_is_an_error_and_stops_the_vcpu() {
 
 #[test]
 fn an_exit_costs_few_vmcs_accesses() {
-    let client = client();
+    let client = Client::protected();
     client.run([Step::cpuid(0, 0)]);
     client.machine.reset_counts();
     client.run((0..1000).map(|_| Step::cpuid(0, 0)));

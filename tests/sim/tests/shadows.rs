@@ -3,8 +3,8 @@
 //! interrupt window asked for, a debug exception possible, or a register read.
 
 use abi::tunnel::{ExitStatus, offset};
+use sim::Step;
 use sim::client::{CODE, Client};
-use sim::{Machine, Step};
 
 /// Guest interruptibility state, and its two lowest bits.
 const FIELD: u32 = 0x4824;
@@ -17,8 +17,7 @@ const DEVICE: u64 = 0xd000_0000;
 
 /// A guest with these flags.
 fn guest(rflags: u64) -> Client {
-    let client = Client::new(&Machine::haswell());
-    client.protected_mode();
+    let client = Client::protected();
     client.change_regs(|state| state.rflags = rflags);
     // The first RUN has much to do before its entry, whatever comes later.
     assert_eq!(client.run([Step::output(0x80, 1, 0)]), ExitStatus::Io);

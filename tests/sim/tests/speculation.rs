@@ -4,9 +4,9 @@
 use abi::tunnel::ExitStatus;
 use sim::client::Client;
 use sim::{Machine, Profile, Step};
+use vmx::arch::reg::gpr::RAX;
 use vmx::host::Mitigations;
 
-const RAX: usize = 0;
 const SPEC_CTRL: u32 = 0x48;
 const PRED_CMD: u32 = 0x49;
 const FLUSH_CMD: u32 = 0x10b;

@@ -2,7 +2,6 @@
 //! registers and faults come out of them is for the conformance client.
 
 use abi::tunnel::ExitStatus;
-use sim::Machine;
 use sim::Step;
 use sim::client::{CODE, Client};
 
@@ -12,8 +11,7 @@ const NEW: u64 = 0x3ffc;
 const JUMP: u64 = 2 << 30;
 
 fn client() -> Client {
-    let client = Client::new(&Machine::haswell());
-    client.protected_mode();
+    let client = Client::protected();
     let tss = |base: u64, kind: u64| 0x67 | base << 16 | kind << 40;
     for (at, value) in [
         (8, 0x00cf_9b00_0000_ffff),
