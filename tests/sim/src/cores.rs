@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use vmx::sync::LockClass;
 
-use crate::machine::Inner;
+use crate::state::Inner;
 
 /// Longer than any wait in a test that works.
 const PATIENCE: Duration = Duration::from_secs(30);

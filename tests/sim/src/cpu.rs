@@ -16,8 +16,8 @@ use vmx::cpu::{
 use crate::cores::{Cores, thread, use_machine};
 use crate::entry;
 use crate::fault;
-use crate::machine::{Inner, Processor, State};
 use crate::profile::{Profile, canonical_in};
+use crate::state::{Inner, Processor, State};
 
 /// The processor of a [`crate::Machine`]: whichever the calling thread is on.
 #[derive(Clone)]

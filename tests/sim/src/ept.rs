@@ -10,9 +10,9 @@ use std::sync::atomic::Ordering;
 
 use vmx::arch::ept::{ADDRESS_MASK, EptEntry, EptVpidCaps};
 
-use crate::machine::State;
 use crate::memory::{Memory, Owner};
 use crate::profile::Profile;
+use crate::state::State;
 
 /// What a guest does to memory. The bits are those of the exit qualification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,8 +14,9 @@ use crate::cores::{Cores, thread, use_machine};
 use crate::cpu::SimCpu;
 use crate::fault;
 use crate::lock::{SimMutex, SimSpin, check_may_sleep};
-use crate::machine::{Inner, Machine, TR_LIMIT};
+use crate::machine::Machine;
 use crate::memory::Owner;
+use crate::state::{Inner, TR_LIMIT};
 use crate::user::Process;
 use crate::user_space::SimUserSpace;
 

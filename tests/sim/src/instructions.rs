@@ -3,8 +3,8 @@
 
 use vmx::cpu::VmxFailure;
 
-use crate::machine::State;
 use crate::profile::Profile;
+use crate::state::State;
 use crate::vmcs::{read_only, supported};
 
 /// VM-instruction error numbers.

@@ -12,7 +12,7 @@ use vmx::sync::{LockClass, RawLock};
 
 use crate::cores::{Cores, machine, thread, thread_id};
 use crate::fault;
-use crate::machine::Inner;
+use crate::state::Inner;
 
 /// What both kinds of lock share.
 struct Raw {

@@ -11,7 +11,7 @@ use vmx::arch::msr::{
     IA32_PERFEVTSEL0, IA32_PMC0,
 };
 
-use crate::machine::Processor;
+use crate::state::Processor;
 
 const COUNTERS: u32 = 4;
 /// Bits of a counter.

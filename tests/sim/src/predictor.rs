@@ -3,7 +3,7 @@
 
 use vmx::arch::msr;
 
-use crate::machine::State;
+use crate::state::State;
 
 /// The branch predictor of one processor.
 #[derive(Default)]

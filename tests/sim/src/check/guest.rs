@@ -4,9 +4,9 @@
 use super::{Check, EFER_BITS, Failed, View, pat_valid};
 use crate::cpu::msr_accepts;
 use crate::instructions::revision;
-use crate::machine::{Processor, State};
 use crate::pmu::GLOBAL_BITS;
 use crate::profile::Profile;
+use crate::state::{Processor, State};
 
 pub(super) fn check(v: &View<'_>, f: &mut Failed) {
     control_registers(v, f);

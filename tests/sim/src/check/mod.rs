@@ -5,9 +5,9 @@ mod guest;
 mod host;
 mod segments;
 
-use crate::machine::{Processor, State};
 use crate::memory::Memory;
 use crate::profile::Profile;
+use crate::state::{Processor, State};
 use crate::vmcs::Vmcs;
 
 pub(crate) use guest::load_msrs;
