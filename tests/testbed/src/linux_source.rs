@@ -2,12 +2,12 @@
 //! emulated PC itself where it is to watch what a module does.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::folder::progress;
+use crate::folder::{WorkFolder, key, progress};
 use crate::{command, packages};
 
 /// Packages to be installed to build a kernel.
@@ -25,22 +25,89 @@ pub(crate) const NEEDED: &[&str] = &[
 ];
 
 /// The package's name.
-pub(crate) const PACKAGE: &str = "linux-source-6.1";
+const PACKAGE: &str = "linux-source-6.1";
 
 /// Arguments of make: the same source gives the same kernel, whoever builds it.
-pub(crate) const IDENTITY: &[&str] = &[
+const IDENTITY: &[&str] = &[
     "ARCH=x86_64",
     "KBUILD_BUILD_USER=haxm",
     "KBUILD_BUILD_HOST=testbed",
     "KBUILD_BUILD_TIMESTAMP=2023-01-01",
 ];
 
+/// A kernel of a configuration of our own.
+pub(crate) struct Kernel<'a> {
+    /// Its logs in the work folder begin with this.
+    pub(crate) name: &'a str,
+    /// What it is, and how long it takes, for whoever waits.
+    pub(crate) progress: &'a str,
+    /// The options that are on; all others are off.
+    pub(crate) config: &'a str,
+    /// The folders that are compiled or hold headers and tools for it.
+    pub(crate) folders: &'a [&'a str],
+}
+
+impl Kernel<'_> {
+    /// The same for kernels that are built alike.
+    pub(crate) fn key(&self) -> String {
+        let mut recipe = [self.folders, IDENTITY].concat();
+        recipe.extend([self.config, PACKAGE, "1"]);
+        key(&recipe)
+    }
+
+    /// Fetches the source and makes `targets`. Returns the source's folder, below `scratch`. What is built is there,
+    /// or where `options`, arguments of make, say that `objects` are.
+    ///
+    /// # Errors
+    /// A package is missing and cannot be installed, the archive does not answer, an option did not take effect, or
+    /// the build fails; the text names the log.
+    pub(crate) fn build(
+        &self,
+        work: &WorkFolder,
+        scratch: &Path,
+        objects: Option<&Path>,
+        options: &[String],
+        targets: &[&str],
+    ) -> Result<PathBuf> {
+        packages::ensure_packages(NEEDED)?;
+        let source = scratch.join("source");
+        fs::create_dir_all(scratch)?;
+        unpack(scratch, &source, self.folders)?;
+        let fragment = scratch.join("kernel.config");
+        fs::write(&fragment, self.config)?;
+
+        progress(&format!("building {}", self.progress));
+        let make = |targets: &[&str], step: &str| {
+            let mut make = make(&source);
+            make.args(targets).args(options);
+            if let Some(objects) = objects {
+                make.arg(format!("O={}", objects.display()));
+            }
+            make.arg(format!("KCONFIG_ALLCONFIG={}", fragment.display()));
+            command::logged(&mut make, &work.path(&format!("{}-{step}.log", self.name)))
+        };
+        make(&["allnoconfig"], "configure")?;
+        let made = objects.unwrap_or(&source).join(".config");
+        check_configuration(self.config, &fs::read_to_string(made)?)?;
+        make(&[&["-j2"], targets].concat(), "make")?;
+        Ok(source)
+    }
+}
+
+/// Copies an ELF file without its symbols.
+///
+/// # Errors
+/// strip fails.
+pub(crate) fn strip(from: &Path, to: &Path) -> Result<()> {
+    command::output(Command::new("strip").arg("-o").arg(to).arg(from)).map(drop)
+}
+
 /// Fetches the source and unpacks `folders` of it, and the Kconfig files and makefiles of the rest, at `source`. The
 /// package is not kept: it is 139 MB and not wanted again.
 ///
 /// # Errors
 /// The archive does not answer, or the package is not as expected.
-pub(crate) fn unpack(scratch: &Path, source: &Path, folders: &[&str]) -> Result<()> {
+fn unpack(scratch: &Path, source: &Path, folders: &[&str]) -> Result<()> {
     progress("fetching Linux's source (139 MB)");
     let fetched = scratch.join("packages");
     fs::create_dir_all(&fetched)?;
@@ -103,7 +170,7 @@ fn unpack_part(
 }
 
 /// `make` in `source`, with the arguments that every build has.
-pub(crate) fn make(source: &Path) -> Command {
+fn make(source: &Path) -> Command {
     let mut make = Command::new("make");
     make.args(IDENTITY).current_dir(source);
     // A surrounding make or cargo must not hand its job server down.
@@ -116,7 +183,7 @@ pub(crate) fn make(source: &Path) -> Command {
 ///
 /// # Errors
 /// Names those that are not.
-pub(crate) fn check_configuration(wanted: &str, made: &str) -> Result<()> {
+fn check_configuration(wanted: &str, made: &str) -> Result<()> {
     let wanted = wanted.lines().filter(|l| l.starts_with("CONFIG_"));
     let lost: Vec<&str> = wanted.filter(|w| !made.lines().any(|l| l == *w)).collect();
     if !lost.is_empty() {

@@ -3,19 +3,22 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::folder::{WorkFolder, key, progress};
-use crate::{command, linux_source, packages};
+use crate::folder::WorkFolder;
+use crate::linux_source::{self, Kernel};
 
 /// Packages to be installed to build it.
 pub const NEEDED: &[&str] = linux_source::NEEDED;
 
-const CONFIG: &str = include_str!("../../guest/linux/kernel.config");
+const KERNEL: Kernel<'_> = Kernel {
+    name: "guest-kernel",
+    progress: "the guest's kernel (about 2 minutes on 2 cores)",
+    config: include_str!("../../guest/linux/kernel.config"),
+    folders: FOLDERS,
+};
 
-/// The folders that are compiled or hold headers and tools for it.
 const FOLDERS: &[&str] = &[
     "arch/x86",
     "block",
@@ -65,10 +68,7 @@ pub struct GuestKernel {
 /// A package is missing and cannot be installed, the archive does not answer, or the build fails; the
 /// text names the log.
 pub fn ensure(work: &WorkFolder) -> Result<GuestKernel> {
-    let mut recipe = [FOLDERS, linux_source::IDENTITY].concat();
-    recipe.extend([CONFIG, linux_source::PACKAGE, "1"]);
-    let folder = work.once(&format!("guest-kernel-{}", key(&recipe)), |dir| {
-        packages::ensure_packages(NEEDED)?;
+    let folder = work.once(&format!("guest-kernel-{}", KERNEL.key()), |dir| {
         build(work, dir).context("the guest's kernel could not be built")
     })?;
     Ok(GuestKernel {
@@ -80,28 +80,12 @@ pub fn ensure(work: &WorkFolder) -> Result<GuestKernel> {
 
 fn build(work: &WorkFolder, dir: &Path) -> Result<()> {
     let scratch = dir.join("build");
-    let (source, objects) = (scratch.join("source"), scratch.join("objects"));
+    let objects = scratch.join("objects");
     fs::create_dir_all(&objects)?;
-    linux_source::unpack(&scratch, &source, FOLDERS)?;
-    let fragment = scratch.join("kernel.config");
-    fs::write(&fragment, CONFIG)?;
-
-    progress("building the guest's kernel (about 2 minutes on 2 cores)");
-    let make = |arguments: &[&str], log: &str| {
-        let mut make = linux_source::make(&source);
-        make.args(arguments);
-        make.arg(format!("O={}", objects.display()));
-        make.arg(format!("KCONFIG_ALLCONFIG={}", fragment.display()));
-        command::logged(&mut make, &work.path(log))
-    };
-    make(&["allnoconfig"], "guest-kernel-configure.log")?;
-    linux_source::check_configuration(CONFIG, &fs::read_to_string(objects.join(".config"))?)?;
-    make(&["-j2", "bzImage"], "guest-kernel-make.log")?;
-
+    KERNEL.build(work, &scratch, Some(&objects), &[], &["bzImage"])?;
     fs::rename(objects.join("arch/x86/boot/bzImage"), dir.join("bzImage"))?;
     fs::rename(objects.join("System.map"), dir.join("System.map"))?;
-    let (built, kept) = (objects.join("vmlinux"), dir.join("vmlinux"));
-    command::output(Command::new("strip").arg("-o").arg(kept).arg(built))?;
+    linux_source::strip(&objects.join("vmlinux"), &dir.join("vmlinux"))?;
     fs::remove_dir_all(&scratch)?;
     Ok(())
 }

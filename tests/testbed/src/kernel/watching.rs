@@ -3,17 +3,20 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result};
 
 use super::BUILD_PACKAGES;
-use crate::folder::{WorkFolder, key, progress};
-use crate::{command, linux_source, packages};
+use crate::folder::WorkFolder;
+use crate::linux_source::{self, Kernel};
 
-const CONFIG: &str = include_str!("../../debug/kernel.config");
+const KERNEL: Kernel<'_> = Kernel {
+    name: "debug-kernel",
+    progress: "a kernel that watches itself (5 to 10 minutes on 2 cores)",
+    config: include_str!("../../debug/kernel.config"),
+    folders: FOLDERS,
+};
 
-/// The folders that are compiled or hold headers and tools for it.
 const FOLDERS: &[&str] = &[
     "arch/x86",
     "block",
@@ -64,11 +67,8 @@ const BUILT_FROM: &[&str] = &["a", "c", "cmd", "ko", "mod", "o", "S"];
 /// A package is missing and cannot be installed, the archive does not answer, or the build fails; the
 /// text names the log.
 pub(super) fn ensure(work: &WorkFolder) -> Result<(PathBuf, String)> {
-    let mut recipe = [FOLDERS, linux_source::IDENTITY].concat();
-    recipe.extend([CONFIG, linux_source::PACKAGE, "1"]);
-    let name = format!("debug-{}", key(&recipe));
+    let name = format!("debug-{}", KERNEL.key());
     let dir = work.once(&format!("kernel-{name}"), |dir| {
-        packages::ensure_packages(linux_source::NEEDED)?;
         // Modules of one build do not load in another.
         let version = format!("LOCALVERSION=-{name}");
         build(work, dir, &version).context("the kernel that watches itself could not be built")
@@ -80,28 +80,14 @@ pub(super) fn ensure(work: &WorkFolder) -> Result<(PathBuf, String)> {
 
 fn build(work: &WorkFolder, dir: &Path, version: &str) -> Result<()> {
     let scratch = dir.join("build");
-    let source = scratch.join("source");
-    fs::create_dir_all(&scratch)?;
-    linux_source::unpack(&scratch, &source, FOLDERS)?;
-    let fragment = scratch.join("kernel.config");
-    fs::write(&fragment, CONFIG)?;
-
-    progress("building a kernel that watches itself (5 to 10 minutes on 2 cores)");
     // In the source's own folder: then nothing in it depends on where it is.
-    let make = |arguments: &[&str], log: &str| {
-        let mut make = linux_source::make(&source);
-        make.args(arguments).arg(version);
-        make.arg(format!("KCONFIG_ALLCONFIG={}", fragment.display()));
-        command::logged(&mut make, &work.path(log))
-    };
-    make(&["allnoconfig"], "debug-kernel-configure.log")?;
-    linux_source::check_configuration(CONFIG, &fs::read_to_string(source.join(".config"))?)?;
-    make(&["-j2", "vmlinux", "modules"], "debug-kernel-make.log")?;
+    let options = [version.to_owned()];
+    let source = KERNEL.build(work, &scratch, None, &options, &["vmlinux", "modules"])?;
 
     let release = fs::read_to_string(source.join("include/config/kernel.release"))?;
     let release = release.trim();
-    let (built, kept) = (source.join("vmlinux"), dir.join("vmlinux"));
-    command::output(Command::new("strip").arg("-o").arg(kept).arg(&built))?;
+    let built = source.join("vmlinux");
+    linux_source::strip(&built, &dir.join("vmlinux"))?;
     fs::remove_file(built)?;
     let modules = dir.join("lib/modules").join(release).join("kernel");
     fs::create_dir_all(&modules)?;
