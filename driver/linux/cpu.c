@@ -4,6 +4,7 @@
 #include <linux/cpu.h>
 #include <linux/cpuhotplug.h>
 #include <linux/ktime.h>
+#include <linux/perf_event.h>
 #include <linux/reboot.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
@@ -85,12 +86,16 @@ static void haxm_write_vmxe(bool on)
 	asm volatile("mov %0, %%cr4" : : "r"(cr4) : "memory");
 }
 #else
+/* A Broadwell cannot trace in VMX operation. perf knows, if it is told, and starts again afterwards. */
 static void haxm_write_vmxe(bool on)
 {
-	if (on)
+	if (on) {
+		intel_pt_handle_vmx(1);
 		cr4_set_bits(X86_CR4_VMXE);
-	else
+	} else {
 		cr4_clear_bits(X86_CR4_VMXE);
+		intel_pt_handle_vmx(0);
+	}
 }
 #endif
 
