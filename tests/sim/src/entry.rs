@@ -474,8 +474,10 @@ fn guest_fault(
             ..ExitInfo::default()
         });
     }
-    if vector == 14 {
-        state.cpus[cpu].cr2 = cr2;
+    match vector {
+        1 => state.cpus[cpu].dr[6] |= cr2 & 0xe00f,
+        14 => state.cpus[cpu].cr2 = cr2,
+        _ => {}
     }
     deliver(&mut state, cpu, pointer, info, code, false);
     None

@@ -222,6 +222,7 @@ impl Processor {
             ("DR1", self.dr[1]),
             ("DR2", self.dr[2]),
             ("DR3", self.dr[3]),
+            ("DR6", self.dr[6]),
             ("DR7", self.dr[7]),
             ("XCR0", self.xcr0),
             ("GDTR base", self.gdtr.base),

@@ -150,3 +150,42 @@ fn device_memory() {
     assert_eq!(status, ExitStatus::StateChange);
     client.finish();
 }
+
+/// SDM 8.3, table 8-1, "TSS segment limit"; of the old one, what is saved must fit. A fault comes
+/// before anything has changed.
+#[test]
+fn a_segment_that_is_too_small() {
+    // The type, bits 3:0 without busy; limits of the new TSS and the old; whose selector is the fault's.
+    for (kind, new, old, fault) in [
+        (0x81u64, 0x2b_u64, 0x67_u32, None),
+        (0x81, 0x2a, 0x67, Some(0x20)),
+        (0x89, 0x67, 0x67, None),
+        (0x89, 0x66, 0x67, Some(0x20)),
+        (0x89, 0, 0x67, Some(0x20)),
+        (0x89, 0x67, 0x5f, None),
+        (0x89, 0x67, 0x5e, Some(0x18)),
+    ] {
+        let client = client();
+        let descriptor = new | NEW << 16 | kind << 40;
+        client.load(GDT + 0x20, &descriptor.to_le_bytes());
+        if kind == 0x81 {
+            for (at, value) in [(0x22, 0x10u16), (0x24, 8), (0x26, 0x10), (0x28, 0x10)] {
+                client.load(NEW + at, &value.to_le_bytes());
+            }
+        }
+        client.change_regs(|state| state.tr.limit = old);
+        client.run([Step::exits(9, 0x20 | JUMP, 7)]);
+        let received = client.machine.take_received();
+        let got: Vec<_> = received.iter().map(|e| (e.vector, e.error_code)).collect();
+        let tr = client.regs().tr.selector;
+        let name = format!("{kind:#x}, {new:#x}, {old:#x}");
+        match fault {
+            None => assert_eq!((got, tr), (vec![], 0x20), "{name}"),
+            Some(selector) => {
+                assert_eq!((got, tr), (vec![(10, Some(selector))], 0x18), "{name}");
+                assert_eq!(u32_at(&client, OLD + 0x20), 0, "{name}: saved");
+            }
+        }
+        client.finish();
+    }
+}

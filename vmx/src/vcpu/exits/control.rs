@@ -1,6 +1,6 @@
 //! Control-register and debug-register accesses.
 
-use super::{Next, Work, advance, raise};
+use super::{Next, Work, advance, lost, raise};
 use crate::arch::event::{Exception, vector};
 use crate::arch::exit::{CrAccess, DrQualification};
 use crate::arch::field;
@@ -15,7 +15,7 @@ use crate::vcpu::{Inner, Vcpu};
 /// DR6.BD: the next instruction accesses a debug register under DR7.GD.
 const DR6_BD: u64 = 1 << 13;
 
-/// MOV to and from CR0, CR3, CR4, CR8; CLTS; LMSW. The processor has checked
+/// MOV to and from CR0, CR3, CR4, CR8; LMSW. The processor has checked
 /// the privilege level.
 #[cfg_attr(haxm_module, optimize(speed))]
 pub fn register<H: Host>(
@@ -39,10 +39,8 @@ pub fn register<H: Host>(
             inner.registers.set(gpr, value);
             Ok(Consequences::default())
         }
-        CrAccess::Clts => {
-            let value = inner.modes.cr0(current) & !Cr0::TS.bits();
-            inner.modes.guest_write_cr0(current, value)
-        }
+        // SDM 26.1.3: not while CR0.TS is the guest's own, which it always is.
+        CrAccess::Clts => return lost(inner, "CLTS that exits"),
         CrAccess::Lmsw { source } => inner.modes.load_status(current, source),
     };
     match result {

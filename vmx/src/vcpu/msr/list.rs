@@ -32,13 +32,7 @@ pub fn read<H: Host>(
         Msr::Efer => inner.modes.efer(),
         Msr::FsBase => current.get(field::GUEST_FS_BASE),
         Msr::GsBase => current.get(field::GUEST_GS_BASE),
-        Msr::Switched => {
-            if inner.registers.general.on_loan != 0 {
-                // SWAPGS may have changed it since the entry.
-                inner.switched.fetch(current.cpu());
-            }
-            inner.switched.get(register).ok_or(GpFault)?
-        }
+        Msr::Switched => inner.switched.get(register).ok_or(GpFault)?,
         Msr::SysenterCs => u64::from(current.get(field::GUEST_SYSENTER_CS)),
         Msr::SysenterEsp => current.get(field::GUEST_SYSENTER_ESP),
         Msr::SysenterEip => current.get(field::GUEST_SYSENTER_EIP),

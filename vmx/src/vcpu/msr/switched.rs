@@ -99,7 +99,9 @@ impl SwitchedMsrs {
         REGISTERS.iter().position(|r| *r == register)
     }
 
-    /// The guest's value; `None` if the register is not one of these.
+    /// The guest's value; `None` if the register is not one of these. KERNEL_GS_BASE, which
+    /// changes without an exit, is that of the end of the last loan: during one nobody
+    /// asks, as the guest reads it without an exit too.
     pub fn get(&self, register: u32) -> Option<u64> {
         let place = Self::place(register)?;
         self.guest.get(place).copied()
@@ -197,13 +199,6 @@ impl SwitchedMsrs {
     pub fn put(&self, cpu: &impl Cpu, register: u32) {
         if let Some(index) = Self::place(register).filter(|index| self.uses(*index)) {
             write(cpu, index, self.guest.get(index).copied().unwrap_or(0));
-        }
-    }
-
-    /// Keeps what the guest changed without an exit: KERNEL_GS_BASE.
-    pub fn fetch(&mut self, cpu: &impl Cpu) {
-        if let Some(slot) = self.guest.get_mut(KERNEL_GS_BASE) {
-            *slot = read(cpu, KERNEL_GS_BASE);
         }
     }
 

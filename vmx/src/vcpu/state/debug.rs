@@ -1,7 +1,7 @@
 //! Debug registers: the guest's own, and a client's breakpoints.
 //!
 //! MOV to and from debug registers always exits, so DR0-3 and DR6 are kept
-//! here and the processor gets them only while some breakpoint is enabled.
+//! here, and the processor gets DR0-3 only while some breakpoint is enabled.
 //! DR7 is in the VMCS.
 // UNSAFETY: writes debug registers, host values put back by `restore`.
 #![expect(unsafe_code)]
@@ -28,7 +28,6 @@ pub struct DebugRegisters {
     client: [u64; 4],
     client_dr7: u64,
     host: [u64; 4],
-    host_dr6: u64,
     /// The processor has this vCPU's DR0-3.
     loaded: bool,
     /// See [`DebugRegisters::is_used`].
@@ -45,7 +44,6 @@ impl Default for DebugRegisters {
             client: [0; 4],
             client_dr7: DR7_RESET,
             host: [0; 4],
-            host_dr6: 0,
             loaded: false,
             used: false,
         }
@@ -271,12 +269,12 @@ impl DebugRegisters {
         for (index, slot) in (0u8..).zip(self.host.iter_mut()) {
             *slot = cpu.dr(index);
         }
-        self.host_dr6 = cpu.dr(6);
         self.loaded = true;
         self.put(cpu);
     }
 
-    /// Gives the processor the host's DR0-3 and DR6 back.
+    /// Gives the processor the host's DR0-3 back. DR6 is still the host's: MOV DR exits, and so
+    /// does every #DB, before it changes DR6 (SDM 28.1 "Architectural State Before a VM Exit").
     #[cfg_attr(haxm_module, optimize(speed))]
     pub fn restore(&mut self, cpu: &impl Cpu) {
         if !self.loaded {
@@ -286,8 +284,6 @@ impl DebugRegisters {
             // SAFETY: the host's own values.
             unsafe { cpu.set_dr(index, value) };
         }
-        // SAFETY: the host's own value.
-        unsafe { cpu.set_dr(6, self.host_dr6) };
         self.loaded = false;
     }
 }
