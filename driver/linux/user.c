@@ -8,6 +8,7 @@
 #include <linux/mmu_notifier.h>
 #include <linux/sched.h>
 #include <linux/sched/mm.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 
 #include "haxm.h"
@@ -116,12 +117,22 @@ static const struct mmu_notifier_ops haxm_notifier_ops = {
 int haxm_os_user_watch(void *handle, void *listener)
 {
 	struct haxm_user *user = handle;
+	sigset_t blocked, before;
+	int err;
 
 	if (current->mm != user->mm)
 		return -EPERM;
 	user->listener = listener;
 	user->notifier.ops = &haxm_notifier_ops;
-	return mmu_notifier_register(&user->notifier, user->mm);
+	/*
+	 * The kernel takes all locks of the process, and gives up when a signal
+	 * waits. No client expects that of CREATE_VM: HAXM watched nothing.
+	 */
+	siginitsetinv(&blocked, sigmask(SIGKILL));
+	sigprocmask(SIG_BLOCK, &blocked, &before);
+	err = mmu_notifier_register(&user->notifier, user->mm);
+	sigprocmask(SIG_SETMASK, &before, NULL);
+	return err;
 }
 
 void haxm_os_user_unwatch(void *handle)

@@ -13,6 +13,7 @@ use crate::ram::Ram;
 
 pub const CASES: &[Case] = &[
     case!(ids_are_lowest_first),
+    case!(made_while_signals_come),
     case!(sixty_four_vms),
     case!(sixteen_vcpus),
     case!(vcpu_ids_in_any_order),
@@ -56,6 +57,16 @@ fn ids_are_lowest_first() -> Outcome {
     drop(second);
     same!(system.create_vm()?.id, id, "the id that is free again");
     Ok(())
+}
+
+fn made_while_signals_come() -> Outcome {
+    crate::process::with_alarm(120, || {
+        for _ in 0..4 {
+            let vm = System::open()?.create_vm()?;
+            vm.create_vcpu(0)?;
+        }
+        Ok(())
+    })
 }
 
 fn sixty_four_vms() -> Outcome {
