@@ -20,6 +20,7 @@ Loads haxm.ko on the emulated PC and runs the cases whose name contains FILTER t
   --huge-page         a larger PC that has a page of 1 GB to give
   --pin               with the module's parameter pin=1
   --counters          on a PC whose processors have performance counters
+  --signals N         a signal comes every N microseconds of the PC's time
   --verbose           name each case before it runs";
 
 /// The client runs on the emulated PC whatever the host is.
@@ -158,6 +159,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     let mut huge_page = false;
     let mut pin = false;
     let mut counters = false;
+    let mut signals = None;
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         let mut value = || {
@@ -171,6 +173,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
             }
             "--cpus" => cpus = value()?.parse()?,
             "--kernel" => series.clone_from(value()?),
+            "--signals" => signals = Some(value()?.parse::<u32>()?),
             "--verbose" => verbose = true,
             "--huge-page" => huge_page = true,
             "--pin" => pin = true,
@@ -197,6 +200,9 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     };
     let script = if pin { pinned_script } else { script };
     let mut script = script(&filter, verbose);
+    if let Some(microseconds) = signals {
+        script = format!("export CONFORMANCE_SIGNALS={microseconds}\n{script}");
+    }
     if flavour.is_watching() {
         script = watched_script(&script);
     }

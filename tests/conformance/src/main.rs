@@ -90,6 +90,8 @@ fn run(filters: &[&str]) -> ExitCode {
     let mut total = Count::default();
     let mut group = Count::default();
     let mut current = String::new();
+    let signals = std::env::var("CONFORMANCE_SIGNALS");
+    let signals = signals.ok().and_then(|text| text.parse().ok());
     let report = |name: &str, count: &Count| {
         if !name.is_empty() {
             println!(
@@ -110,6 +112,9 @@ fn run(filters: &[&str]) -> ExitCode {
             println!("  {name}/{case}");
         }
         let _ = std::io::stdout().flush();
+        if let Some(microseconds) = signals {
+            process::alarm_every(microseconds);
+        }
         let failure = match panic::catch_unwind(attempt) {
             Ok(Ok(())) => None,
             Ok(Err(error)) => Some(format!("{error:#}")),

@@ -24,6 +24,7 @@ pub const CASES: &[Case] = &[
     case!(invlpg in PAGING),
     case!(pdpte_reserved_bits),
     case!(pdpte_reserved_bits_by_cr0_and_cr4),
+    case!(pdptes_while_signals_come),
     case!(efer_lme_while_paging in LONG),
     case!(efer_nxe in LONG),
     case!(syscall_and_sysret),
@@ -362,6 +363,11 @@ fn pdpte_reserved_bits_by_cr0_and_cr4() -> Outcome {
         }
     }
     Ok(())
+}
+
+/// RUN returns between the instruction and the PDPTEs that it waits for.
+fn pdptes_while_signals_come() -> Outcome {
+    crate::process::with_alarm(120, pdpte_reserved_bits_by_cr0_and_cr4)
 }
 
 fn efer_lme_while_paging(mode: Mode) -> Outcome {
