@@ -15,7 +15,7 @@ use haxm_vmx::arch::ept::EptVpidCaps;
 use haxm_vmx::host::Aging;
 use haxm_vmx::memory::{Access, AccessError, AddressSpace, FaultOutcome, LeafSize, Reserve};
 use memory_host::{
-    Allocator, Backing, FakeHost, PAGE, Random, UNDER_SPIN, run_as_cpu, with_failure,
+    Allocator, Backing, FakeHost, PAGE, Random, UNDER_SPIN, run_as_cpu, unwatched, with_failure,
 };
 use memory_naive::{ADDRESS_BITS, GROUP, INVALID, Model, ROM, STANDALONE};
 
@@ -197,6 +197,7 @@ impl Bench {
         } else {
             assert_eq!(result, model(&mut self.model));
         }
+        unwatched(|| self.space.check_map());
     }
 
     fn step(&mut self) {

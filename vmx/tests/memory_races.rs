@@ -19,7 +19,7 @@ use haxm_vmx::arch::addr::{Gpa, Hva};
 use haxm_vmx::arch::ept::EptVpidCaps;
 use haxm_vmx::memory::{Access, AddressSpace, FaultOutcome, Reserve};
 use memory_host::access::{INVALID, STANDALONE};
-use memory_host::{Allocator, Backing, FakeHost, PAGE, Random, UNDER_SPIN, run_as_cpu};
+use memory_host::{Allocator, Backing, FakeHost, PAGE, Random, UNDER_SPIN, run_as_cpu, unwatched};
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
@@ -407,6 +407,7 @@ fn run(duration: Duration, pins: bool) {
     );
     assert_eq!(UNDER_SPIN.load(Ordering::Relaxed), 0);
     assert!(enough, "{seen}");
+    unwatched(|| world.space.check_map());
     let World { host, space, .. } = Arc::into_inner(world).unwrap();
     drop(space);
     assert_eq!(host.pages(), 0);

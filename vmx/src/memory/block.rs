@@ -16,9 +16,9 @@ use super::tree::{Key, Node, Span, Tree};
 pub(super) struct Block {
     start: u64,
     end: u64,
-    standalone: bool,
+    pub(super) standalone: bool,
     /// Slots that use it.
-    slots: usize,
+    pub(super) slots: usize,
 }
 
 impl Span for Block {
@@ -35,7 +35,7 @@ pub(super) struct NewBlock(Box<Node<Block>>);
 
 /// The blocks of a VM, none overlapping another.
 pub(super) struct Blocks {
-    tree: Tree<Block>,
+    pub(super) tree: Tree<Block>,
     count: usize,
 }
 

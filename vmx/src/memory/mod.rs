@@ -18,6 +18,8 @@ mod age;
 mod around;
 mod block;
 mod change;
+#[cfg(not(haxm_module))]
+mod check;
 mod ept;
 mod fault;
 mod invalidate;

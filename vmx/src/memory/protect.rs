@@ -37,7 +37,7 @@ pub(super) const fn group(gpa: u64) -> Range {
 
 /// The protected ranges of a VM: apart from each other, none touching another.
 pub(super) struct Protected {
-    tree: Tree<Range>,
+    pub(super) tree: Tree<Range>,
 }
 
 /// What a change left over, to be freed without the spin lock.

@@ -58,7 +58,7 @@ impl Slot {
     }
 
     /// Whether `next` could be the continuation of this slot.
-    const fn continues_in(&self, next: &Self) -> bool {
+    pub(super) const fn continues_in(&self, next: &Self) -> bool {
         self.end == next.start && self.same_kind(next)
     }
 
@@ -185,8 +185,8 @@ pub(super) struct Leftover {
 
 /// The slots of a VM.
 pub(super) struct Slots {
-    by_gpa: Tree<Slot>,
-    by_hva: Tree<Mirror>,
+    pub(super) by_gpa: Tree<Slot>,
+    pub(super) by_hva: Tree<Mirror>,
 }
 
 impl Slots {
@@ -370,18 +370,6 @@ impl Slots {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use alloc::vec::Vec;
-
-    /// All entries of a tree, in order.
-    fn all<T: Span + Copy>(tree: &Tree<T>) -> Vec<T> {
-        let mut found = Vec::new();
-        let mut after = None;
-        while let Some(item) = tree.overlap(after, 0, u64::MAX) {
-            after = Some(item.key());
-            found.push(*item);
-        }
-        found
-    }
 
     /// After any change the second tree has exactly the mirrors of the slots
     /// in the first, once those of removed slots are forgotten.
@@ -410,12 +398,7 @@ mod tests {
             while let Some(node) = left.removed.pop_first() {
                 assert!(slots.forget(&node.item).is_some());
             }
-            let here = all(&slots.by_gpa);
-            assert!(here.windows(2).all(|pair| pair[0].end <= pair[1].start));
-            assert!(!here.windows(2).any(|pair| pair[0].continues_in(&pair[1])));
-            let mut expected: Vec<_> = here.iter().map(Slot::mirror).collect();
-            expected.sort_by_key(Span::key);
-            assert_eq!(all(&slots.by_hva), expected);
+            slots.check();
         }
     }
 }

@@ -354,25 +354,32 @@ impl<T: Span> Tree<T> {
         self.root.is_none()
     }
 
-    #[cfg(test)]
-    fn check(&self) -> usize
+    /// All entries, in order, of a tree that is as it should be.
+    #[cfg(not(haxm_module))]
+    pub(super) fn checked(&self) -> alloc::vec::Vec<T>
     where
         T: Copy,
     {
-        fn check<T: Span + Copy>(link: &Link<T>) -> usize {
-            let Some(node) = link else { return 0 };
-            let count = check(&node.left) + check(&node.right) + 1;
-            assert!(height(&node.left).abs_diff(height(&node.right)) <= 1);
-            let (height, max_end) = (node.height, node.max_end);
-            let mut fresh = Node::new(node.item).unwrap();
-            for child in [&node.left, &node.right].into_iter().flatten() {
-                fresh.height = fresh.height.max(child.height + 1);
-                fresh.max_end = fresh.max_end.max(child.max_end);
-            }
-            assert_eq!((height, max_end), (fresh.height, fresh.max_end));
-            count
+        fn visit<T: Span + Copy>(link: &Link<T>, found: &mut alloc::vec::Vec<T>) {
+            let Some(node) = link else { return };
+            visit(&node.left, found);
+            let last = found.last().map(Span::key);
+            assert!(last < Some(node.item.key()), "a tree out of order");
+            found.push(node.item);
+            visit(&node.right, found);
+            let (left, right) = (height(&node.left), height(&node.right));
+            assert!(left.abs_diff(right) <= 1, "a tree out of balance");
+            let ends = [&node.left, &node.right]
+                .into_iter()
+                .flatten()
+                .map(|child| child.max_end);
+            let max_end = ends.fold(node.item.end(), u64::max);
+            let wanted = (left.max(right).saturating_add(1), max_end);
+            assert_eq!((node.height, node.max_end), wanted, "a stale node");
         }
-        check(&self.root)
+        let mut found = alloc::vec::Vec::new();
+        visit(&self.root, &mut found);
+        found
     }
 }
 
@@ -460,7 +467,7 @@ mod tests {
                     let (a, b) = (start, start + random(&mut state, 20));
                     let mut middle = tree.split_off((a, 0));
                     let above = middle.split_off((b, 0));
-                    assert_eq!(middle.check(), model.range((a, 0)..(b, 0)).count());
+                    assert_eq!(middle.checked().len(), model.range((a, 0)..(b, 0)).count());
                     tree.append(above);
                     model.retain(|key, _| *key < (a, 0) || *key >= (b, 0));
                 }
@@ -473,7 +480,7 @@ mod tests {
                     assert_eq!(last, model.pop_last().map(|(_, piece)| piece));
                 }
             }
-            assert_eq!(tree.check(), model.len());
+            assert_eq!(tree.checked().len(), model.len());
             let key = (random(&mut state, 420), step / 2);
             let floor = model.range(..=key).next_back().map(|(_, piece)| *piece);
             assert_eq!(tree.floor(key).copied(), floor);
@@ -507,6 +514,6 @@ mod tests {
             );
         }
         assert!(height(&tree.root) <= 24, "{}", height(&tree.root));
-        assert_eq!(tree.check(), 100_000);
+        assert_eq!(tree.checked().len(), 100_000);
     }
 }
