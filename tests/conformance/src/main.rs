@@ -18,6 +18,8 @@ mod process;
 mod ram;
 mod region;
 mod swept;
+mod tasks;
+mod threads;
 mod tunnel;
 mod watchpoint;
 

@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 
-use super::smp::{SOON, counts, join, side_by_side, spinning};
 use super::{Case, Outcome};
 use crate::exit::Exit;
 use crate::guest;
 use crate::machine::Machine;
 use crate::modes::Mode;
+use crate::threads::{SOON, counts, join, side_by_side, spinning};
 
 pub const CASES: &[Case] = &[
     case!(a_blocked_signal_ends_run),

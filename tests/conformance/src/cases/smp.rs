@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::{Case, Outcome};
 use crate::client::{Refused, Vcpu};
@@ -14,6 +14,7 @@ use crate::guest;
 use crate::machine::{Machine, expect, prepare, run, vm_with_ram};
 use crate::modes::{self, DATA, Mode};
 use crate::ram::Ram;
+use crate::threads::{SOON, counts, join, pair, run_both, side_by_side, spinning, while_running};
 
 pub const CASES: &[Case] = &[
     case!(two_vcpus_count),
@@ -36,47 +37,6 @@ pub const CASES: &[Case] = &[
     case!(sixteen_threads),
     case!(sixteen_under_requests),
 ];
-
-/// The timer of a kernel with 250 Hz comes after 2 ms in the mean.
-pub(super) const SOON: Duration = Duration::from_micros(500);
-
-/// The result of a thread.
-pub(super) fn join<T>(handle: thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
-    handle.join().map_err(|_| anyhow!("a thread panicked"))?
-}
-
-/// Two vCPUs at one code; RBX is the vCPU's number.
-fn pair(code: &[u8]) -> Result<(Machine, Vcpu)> {
-    let (vm, ram) = vm_with_ram()?;
-    modes::write_tables(Mode::Long, &ram);
-    ram.write(modes::CODE, code);
-    let one = vm.create_vcpu(0)?;
-    let two = vm.create_vcpu(1)?;
-    for (vcpu, number) in [(&one, 0), (&two, 1)] {
-        prepare(vcpu, Mode::Long)?;
-        let mut state = vcpu.regs()?;
-        state.rbx = number;
-        state.rsp = modes::STACK - number * 0x800;
-        vcpu.set_regs(&state)?;
-    }
-    let machine = Machine {
-        vcpu: one,
-        vm,
-        ram,
-        mode: Mode::Long,
-    };
-    Ok((machine, two))
-}
-
-/// Runs both to HLT, each in its thread.
-fn run_both(machine: &Machine, two: &Vcpu) -> Outcome {
-    thread::scope(|scope| {
-        let first = scope.spawn(|| machine.expect(&[halt()]));
-        let second = scope.spawn(|| expect(two, Mode::Long, &machine.ram, &[halt()]));
-        join(first).context("vCPU 0")?;
-        join(second).context("vCPU 1")
-    })
-}
 
 /// Each its own counter.
 fn two_vcpus_count() -> Outcome {
@@ -136,52 +96,6 @@ fn device_access_from_both() -> Outcome {
         join(first).context("vCPU 0")?;
         join(second).context("vCPU 1")
     })
-}
-
-/// A guest in a thread of its own that runs until it is told to stop.
-fn while_running<T: Send>(machine: &Machine, body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    let stop = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let runner = scope.spawn(|| -> Outcome {
-            while !stop.load(Ordering::Acquire) {
-                let exit = machine.run_once()?;
-                ensure!(
-                    matches!(exit, Exit::Interrupt | Exit::Vector(_) | Exit::Out { .. }),
-                    "{exit:?}"
-                );
-            }
-            Ok(())
-        });
-        let result = body();
-        stop.store(true, Ordering::Release);
-        join(runner)?;
-        result
-    })
-}
-
-pub(super) fn spinning() -> Result<Machine> {
-    Machine::new(
-        Mode::Long,
-        guest!(64: "2: inc qword ptr [0xc000]", "jmp 2b"),
-    )
-}
-
-/// Waits until the guest has counted further.
-pub(super) fn counts(ram: &Ram) -> Outcome {
-    let (start, before) = (Instant::now(), ram.u64(DATA));
-    while ram.u64(DATA) == before {
-        ensure!(
-            start.elapsed() < Duration::from_secs(2),
-            "the guest stands still"
-        );
-        thread::yield_now();
-    }
-    Ok(())
-}
-
-/// Whether there are two processors. With one, RUN is over whenever another thread gets to run.
-pub(super) fn side_by_side() -> bool {
-    thread::available_parallelism().is_ok_and(|count| count.get() > 1)
 }
 
 /// EBUSY for as long as another thread is in RUN; that one goes on.

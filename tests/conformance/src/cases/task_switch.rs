@@ -5,7 +5,11 @@ use super::{Case, Outcome};
 use crate::exit::{Exit, Step, fault, fault_code, halt, out, vector};
 use crate::guest;
 use crate::machine::Machine;
-use crate::modes::{self, CODE, DATA, IDT, Mode, RING0_STACK, STACK, selector};
+use crate::modes::{self, CODE, DATA, IDT, Mode, STACK, selector};
+use crate::tasks::{
+    GDT, LDT, LDT_SELECTOR, OLD_TSS, SPARE, TASK, TASK_16, TASK_CODE, TASK_STACK, TSS, TSS_16,
+    busy, copy_task, descriptor, entry, gate, tasks, write_task_16,
+};
 
 pub const CASES: &[Case] = &[
     case!(jump in LEGACY),
@@ -30,84 +34,6 @@ pub const CASES: &[Case] = &[
     case!(debug_registers in WIDE32),
     case!(rom_descriptors in WIDE32),
 ];
-
-const GDT: u64 = 0x1000;
-const OLD_TSS: u64 = 0xb000;
-/// The other task: 32 bits, and 16 bits.
-const TASK: u64 = DATA;
-const TASK_16: u64 = DATA + 0x200;
-const LDT: u64 = DATA + 0x300;
-/// Its code and stack.
-const TASK_CODE: u64 = CODE + 0x1000;
-const TASK_STACK: u64 = DATA + 0xf00;
-/// Selectors beyond those of every case.
-const TSS: u16 = 0x60;
-const GATE: u16 = 0x68;
-const TSS_16: u16 = 0x70;
-const LDT_SELECTOR: u16 = 0x78;
-const SPARE: u16 = 0x80;
-
-fn descriptor(base: u64, limit: u64, flags: u64) -> u64 {
-    (limit & 0xffff)
-        | (base & 0xff_ffff) << 16
-        | flags << 40
-        | (base >> 24) << 56
-        | (limit >> 16) << 48
-}
-
-fn entry(selector: u16) -> u64 {
-    GDT + u64::from(selector)
-}
-
-/// Two tasks: the one that runs, and one that will run `code`.
-fn tasks(mode: Mode, first: crate::code::Code, code: &[u8]) -> anyhow::Result<Machine> {
-    let machine = Machine::new(mode, first)?;
-    let ram = &machine.ram;
-    ram.write(TASK_CODE, code);
-    ram.write_u64(entry(TSS), descriptor(TASK, 0x67, 0x89));
-    ram.write_u64(entry(GATE), u64::from(TSS) << 16 | 0x85 << 40);
-    ram.write_u64(entry(TSS_16), descriptor(TASK_16, 0x2b, 0x81));
-    ram.write_u64(entry(LDT_SELECTOR), descriptor(LDT, 0x1f, 0x82));
-    // The task that runs is busy.
-    ram.write(entry(selector::TSS) + 5, &[0x8b]);
-    let state = machine.regs()?;
-    for tss in [OLD_TSS, TASK] {
-        ram.write_u32(tss + 0x1c, state.cr3 as u32);
-    }
-    ram.write_u32(TASK + 0x20, TASK_CODE as u32);
-    ram.write_u32(TASK + 0x24, 2);
-    for index in 0..8 {
-        ram.write_u32(TASK + 0x28 + index * 4, 0x1111_1111 * (index as u32 + 1));
-    }
-    ram.write_u32(TASK + 0x38, TASK_STACK as u32);
-    for (index, value) in [
-        selector::DATA,
-        selector::CODE32,
-        selector::DATA,
-        selector::DATA,
-        0,
-        selector::DATA,
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        ram.write_u32(TASK + 0x48 + index as u64 * 4, value.into());
-    }
-    // SS0 and ESP0.
-    ram.write_u32(TASK + 4, RING0_STACK as u32);
-    ram.write_u32(TASK + 8, selector::DATA.into());
-    machine.set(|state| {
-        state.gdt.limit = 0xff;
-        // An L, an LE and a G bit.
-        state.rbx = 0xbbbb_0001;
-        state.rbp = 0xbbbb_0002;
-    })?;
-    Ok(machine)
-}
-
-fn busy(machine: &Machine, selector: u16) -> bool {
-    machine.ram.number(entry(selector) + 5, 1) & 2 != 0
-}
 
 /// `jmp selector:0`, then HLT.
 macro_rules! far {
@@ -228,24 +154,6 @@ fn call_twice(mode: Mode) -> Outcome {
     machine.expect(&[out(0x80, 1, 0x11), out(0x82, 1, 0x11), halt()])
 }
 
-fn write_task_16(machine: &Machine, code: u16) {
-    let ram = &machine.ram;
-    ram.write_u16(TASK_16 + 0x0e, code);
-    ram.write_u16(TASK_16 + 0x10, 2);
-    for index in 0..8 {
-        ram.write_u16(TASK_16 + 0x12 + index * 2, 0x1111 * (index as u16 + 1));
-    }
-    ram.write_u16(TASK_16 + 0x1a, TASK_STACK as u16);
-    // 16-bit code at 1_0000h.
-    ram.write_u64(entry(SPARE), descriptor(CODE, 0xffff, 0x9a));
-    for (index, value) in [selector::DATA, SPARE, selector::DATA, selector::DATA, 0]
-        .into_iter()
-        .enumerate()
-    {
-        ram.write_u16(TASK_16 + 0x22 + index as u64 * 2, value);
-    }
-}
-
 fn jump_to_16_bits_and_back(mode: Mode) -> Outcome {
     // out 0x80, ax; jmp far 0x38:0
     let code = &[0xe7, 0x80, 0xea, 0, 0, 0x38, 0];
@@ -280,12 +188,6 @@ fn jump_to_16_bits_and_back(mode: Mode) -> Outcome {
         "busy"
     );
     Ok(())
-}
-
-fn gate(machine: &Machine, number: u64, selector: u16) {
-    machine
-        .ram
-        .write_u64(IDT + number * 8, u64::from(selector) << 16 | 0xe5 << 40);
 }
 
 fn interrupt_through_a_gate(mode: Mode) -> Outcome {
@@ -567,26 +469,6 @@ fn faults_in_the_new_task(mode: Mode) -> Outcome {
     machine.expect(&[fault_code(13, 0)])?;
     same!(machine.frame_rip(true)?, TASK_CODE, "RIP in the frame");
     Ok(())
-}
-
-/// A copy of the good parts of the second task.
-fn copy_task(machine: &Machine, to: u64) {
-    let ram = &machine.ram;
-    ram.write(to, &ram.read(TASK, 104));
-    ram.write_u32(to + 0x60, 0);
-    for (index, value) in [
-        selector::DATA,
-        selector::CODE32,
-        selector::DATA,
-        selector::DATA,
-        0,
-        0,
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        ram.write_u32(to + 0x48 + index as u64 * 4, value.into());
-    }
 }
 
 /// The fault of a switch that an interrupt brings has EXT in its error code; one that INT brings has not.
