@@ -10,6 +10,7 @@ mod guest;
 mod host;
 pub(crate) mod list;
 mod report;
+pub(crate) mod syntax;
 
 use std::process::ExitCode;
 

@@ -40,6 +40,7 @@ const SOURCE_CHECKS: &[SourceCheck] = &[
     ("text", text::check),
     ("length", length::check),
     ("breaks", mutants::list::check),
+    ("breaks' syntax", mutants::syntax::check),
 ];
 
 /// A check that runs a tool: its name, and the tool. The error is what is wrong.

@@ -104,21 +104,31 @@ impl Copy {
     /// A file cannot be written, or the module's C half is not as expected.
     pub(super) fn write(&self, mutants: &[Mutant], rebuilt: Option<&Mutant>) -> Result<()> {
         for (path, text) in &self.texts {
-            let mut text = text.clone();
-            let in_const = switched(path, mutants).any(|m| is_in_const_fn(&text, m.place.start));
-            for (place, choices) in places(path, mutants, rebuilt) {
-                let old = text.get(place.clone()).unwrap_or_default().to_owned();
-                text.replace_range(place, &replacement(path, &old, &choices));
-            }
-            // A number cannot be asked for while constants are evaluated; who needs that says `rebuild`.
-            if in_const {
-                text = text.replace("const fn ", "fn ");
-            }
-            let text = with_number(path, text)?;
+            let text = with_number(path, broken(path, text, mutants, rebuilt))?;
             write(&self.root.join(path), &text)?;
         }
         Ok(())
     }
+}
+
+/// A file with its breaks, as [`Copy::write`] says.
+pub(super) fn broken(
+    path: &str,
+    text: &str,
+    mutants: &[Mutant],
+    rebuilt: Option<&Mutant>,
+) -> String {
+    let in_const = switched(path, mutants).any(|m| is_in_const_fn(text, m.place.start));
+    let mut text = text.to_owned();
+    for (place, choices) in places(path, mutants, rebuilt) {
+        let old = text.get(place.clone()).unwrap_or_default().to_owned();
+        text.replace_range(place, &replacement(path, &old, &choices));
+    }
+    // A number cannot be asked for while constants are evaluated; who needs that says `rebuild`.
+    if in_const {
+        text = text.replace("const fn ", "fn ");
+    }
+    text
 }
 
 /// The breaks of a file that are behind numbers.

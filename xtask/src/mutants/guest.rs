@@ -2,7 +2,7 @@
 //! times in one boot of the emulated PC. After each break the module is loaded unbroken and the same cases must pass:
 //! what a break leaves behind is not taken for the next one's.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use testbed::{Flavour, Outcome};
 
 use super::copy::Copy;
 use super::host::number_of;
-use super::list::{Mutant, Mutants};
+use super::list::{Machine, Mutant, Mutants};
 use super::report::{Results, Verdict};
 use crate::{conformance, module};
 
@@ -66,13 +66,14 @@ pub(super) fn run(
     if !switched.is_empty() {
         let module = build(copy, mutants)?;
         let numbers = |m: &&Mutant| number_of(mutants, m);
-        let mut machines: BTreeMap<_, Vec<&Mutant>> = BTreeMap::new();
-        for mutant in switched {
-            let machine = (mutant.huge_page, mutant.cpus);
-            machines.entry(machine).or_default().push(mutant);
-        }
-        for some in machines.values() {
-            boots(&module, &client, some, &numbers, results)?;
+        let machines: BTreeSet<Machine> = switched.iter().map(|m| m.pc).collect();
+        for machine in machines {
+            let some: Vec<&Mutant> = switched
+                .iter()
+                .copied()
+                .filter(|m| m.pc == machine)
+                .collect();
+            boots(&module, &client, &some, &numbers, results)?;
         }
     }
     for mutant in rebuilt {
@@ -120,13 +121,16 @@ fn boots(
             )?;
         }
         let start = Instant::now();
-        let first = some.first();
-        let pc = match first {
-            Some(mutant) if mutant.huge_page => conformance::huge_page_pc,
-            _ => conformance::pc,
+        let machine = some.first().map(|m| m.pc).unwrap_or_default();
+        let pc = match machine {
+            Machine {
+                huge_page: true, ..
+            } => conformance::huge_page_pc,
+            Machine { counters: true, .. } => conformance::counters_pc,
+            Machine { .. } => conformance::pc,
         };
         let outcome = pc(module, client, &script)
-            .cpus(first.map_or(1, |m| m.cpus))
+            .cpus(machine.cpus)
             .timeout(Duration::from_secs(3600))
             .silence(SILENCE)
             .run(&mut io::sink())?;
@@ -136,11 +140,17 @@ fn boots(
             "the emulated PC did not start: {outcome}"
         );
         let share = start.elapsed() / u32::try_from(sections.len())?;
-        for (mutant, section) in some.iter().zip(&sections) {
-            let verdict = judge(mutant, section, &outcome, sections.len() == 1);
+        let is_alone = sections.len() == 1;
+        // One that may spoil the machine gets a boot of its own to show that it is the one that did.
+        let spoilt = |(mutant, section): &(&&Mutant, &Section)| mutant.dies && section.is_spoilt();
+        let last = some.iter().zip(&sections).next_back();
+        let again = usize::from(!is_alone && last.is_some_and(|last| spoilt(&last)));
+        let judged = sections.len() - again;
+        for (mutant, section) in some.iter().zip(&sections).take(judged) {
+            let verdict = judge(mutant, section, &outcome, is_alone);
             results.add(mutant, verdict, share)?;
         }
-        left = left.get(sections.len()..).unwrap_or_default();
+        left = left.get(judged..).unwrap_or_default();
     }
     Ok(())
 }
@@ -162,6 +172,13 @@ struct Section {
     wrong: Vec<String>,
     /// Whether the cases came to an end unbroken.
     control_ended: bool,
+}
+
+impl Section {
+    /// Cases failed unbroken too.
+    fn is_spoilt(&self) -> bool {
+        self.control_ended && !self.wrong.is_empty()
+    }
 }
 
 fn sections(serial: &str) -> Vec<Section> {
@@ -234,7 +251,7 @@ fn judge(mutant: &Mutant, section: &Section, outcome: &Outcome, is_alone: bool) 
         return Verdict::Survived(format!("passed: {}{others}", passed.join(" ")));
     }
     // A machine that died or was taken down has no say on the module unbroken, nor has one that is built anew.
-    if !mutant.rebuild && section.control_ended && !section.wrong.is_empty() {
+    if !mutant.rebuild && section.is_spoilt() {
         let wrong = section.wrong.join(" ");
         // In a boot of its own there was nothing before it: what is wrong now it has left behind.
         if !(is_alone && mutant.dies) {

@@ -15,7 +15,8 @@
 //! - `host`: a file of tests (`src/lib.rs` for those inside a crate) and words that a test's name contains. One of the
 //!   tests must fail. `guest`: conformance cases, by words that their names contain; one must fail for each word. Each
 //!   of the lines may be there several times.
-//! - `cpus 2`: the conformance cases want so many processors. `huge-page`: they want a PC with a page of 1 GB.
+//! - `cpus 2`: the conformance cases want so many processors. `counters`: they want performance counters; or
+//!   `huge-page`: a PC with a page of 1 GB.
 //! - `dies`: a test that hangs or ends the process or the machine is caught too.
 //! - `rebuild`: the place is no expression (a constant, a pattern): it is replaced before a build of its own.
 
@@ -44,14 +45,33 @@ pub(crate) struct Mutant {
     pub(crate) host: Vec<HostTest>,
     /// Conformance cases by parts of their names; for each part one must fail.
     pub(crate) guest: Vec<String>,
-    /// Processors of the emulated PC.
-    pub(crate) cpus: u32,
-    /// Whether that PC has a page of 1 GB to give.
-    pub(crate) huge_page: bool,
+    /// The emulated PC of the conformance cases.
+    pub(crate) pc: Machine,
     /// Whether an end without a verdict counts.
     pub(crate) dies: bool,
     /// Whether it takes a build of its own.
     pub(crate) rebuild: bool,
+}
+
+/// An emulated PC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Machine {
+    /// Processors.
+    pub(crate) cpus: u32,
+    /// They have performance counters.
+    pub(crate) counters: bool,
+    /// It has a page of 1 GB to give, and no counters.
+    pub(crate) huge_page: bool,
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Self {
+            cpus: 1,
+            counters: false,
+            huge_page: false,
+        }
+    }
 }
 
 /// Tests of one program.
@@ -186,10 +206,7 @@ impl Reader<'_> {
     }
 
     fn entry(&self, block: &[&str]) -> Result<Mutant, String> {
-        let mut mutant = Mutant {
-            cpus: 1,
-            ..Mutant::default()
-        };
+        let mut mutant = Mutant::default();
         let mut code = "";
         for line in block {
             let (word, value) = line.split_once(' ').unwrap_or((line, ""));
@@ -201,8 +218,9 @@ impl Reader<'_> {
                 "broken" => value.clone_into(&mut mutant.broken),
                 "host" => mutant.host.push(self.host_test(value)?),
                 "guest" => self.guest_cases(value, &mut mutant.guest)?,
-                "cpus" => mutant.cpus = value.parse().map_err(|_| format!("cpus {value}"))?,
-                "huge-page" => mutant.huge_page = true,
+                "cpus" => mutant.pc.cpus = value.parse().map_err(|_| format!("cpus {value}"))?,
+                "huge-page" => mutant.pc.huge_page = true,
+                "counters" => mutant.pc.counters = true,
                 "dies" => mutant.dies = true,
                 "rebuild" => mutant.rebuild = true,
                 _ => return Err(format!("'{word}' means nothing here")),
@@ -221,6 +239,9 @@ impl Reader<'_> {
         let is_statement = |text: &str| text.is_empty() || text.ends_with([';', '}']);
         if !mutant.rebuild && code_of(code).ends_with(';') && !is_statement(&mutant.broken) {
             return Err(format!("{name}: a statement is replaced by an expression"));
+        }
+        if !mutant.rebuild && !code_of(code).ends_with(';') && mutant.broken.is_empty() {
+            return Err(format!("{name}: an expression is replaced by nothing"));
         }
         Ok(mutant)
     }
@@ -359,6 +380,7 @@ mod tests {
             ("vmx/src/a.rs", "vmx/src/b.rs"),
             ("name n\n", ""),
             ("host", "hosts"),
+            ("broken a <= b\n", ""),
         ] {
             let findings = read_with(&ENTRY.replace(from, to), code).1;
             assert_eq!(findings.len(), 1, "{to}: {findings:?}");
