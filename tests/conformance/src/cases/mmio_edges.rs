@@ -26,12 +26,19 @@ pub const CASES: &[Case] = &[
     case!(many in SIZES),
 ];
 
-/// An access inside one page is one exit, aligned or not.
+/// An access inside one page is one exit, aligned or not. XCHG does not go the short way.
 fn unaligned_size_4(mode: Mode) -> Outcome {
-    let code = guest!("mov eax, [edi + 3]", "mov [edi + 5], eax", "hlt");
+    let code = guest!(
+        "mov eax, [edi + 3]",
+        "mov [edi + 5], eax",
+        "xchg [edi + 6], eax",
+        "hlt"
+    );
     let steps = [
         read(DEVICE + 3, 4, 0x12345678),
         write(DEVICE + 5, 4, 0x12345678),
+        read(DEVICE + 6, 4, 0x55),
+        write(DEVICE + 6, 4, 0x12345678),
         halt(),
     ];
     with(mode, code, &steps).map(drop)
@@ -209,9 +216,15 @@ fn sixteen_bit_addressing() -> Outcome {
 }
 
 fn rip_relative(mode: Mode) -> Outcome {
-    // The next instruction is at 10006h; bffFAh more is the device.
-    let code = guest!(64: "mov eax, [rip + 0xbfffa]", "hlt");
-    with(mode, code, &[read(DEVICE, 4, 5), halt()]).map(drop)
+    // The next instruction is at 10006h; bfffah more is the device. XCHG does not go the short way.
+    let code = guest!(64: "mov eax, [rip + 0xbfffa]", "xchg [rip + 0xbfff8], eax", "hlt");
+    let steps = [
+        read(DEVICE, 4, 5),
+        read(DEVICE + 4, 4, 6),
+        write(DEVICE + 4, 4, 5),
+        halt(),
+    ];
+    with(mode, code, &steps).map(drop)
 }
 
 fn segment_base() -> Outcome {

@@ -206,9 +206,20 @@ fn scas_and_cmps(mode: Mode) -> Outcome {
     Ok(())
 }
 
+/// Nor when it is the client that leaves no count, while it has an element.
 fn rep_zero_touches_nothing(mode: Mode) -> Outcome {
-    let code = guest!("mov ecx, 0", "rep stosb byte ptr es:[edi], al", "hlt");
-    with(mode, code, &[halt()]).map(drop)
+    let code = guest!(
+        "mov ecx, 0",
+        "rep stosb byte ptr es:[edi], al",
+        "mov ecx, 3",
+        "rep stosb byte ptr es:[edi], al",
+        "hlt"
+    );
+    let machine = with(mode, code, &[write(DEVICE, 1, 0)])?;
+    machine.set(|state| state.rcx = 0)?;
+    machine.expect(&[halt()])?;
+    same!(machine.regs()?.rcx, 0, "ECX");
+    Ok(())
 }
 
 fn movups(mode: Mode) -> Outcome {

@@ -62,15 +62,17 @@ fn two_vcpus_locked_add() -> Outcome {
     Ok(())
 }
 
-/// They pass a token to and fro.
+/// They pass a token to and fro, and write down who had it.
 fn hand_over() -> Outcome {
     let code = guest!(64:
         "mov ecx, 20", "mov edx, ebx", "xor edx, 1",
-        "2: pause", "cmp [0xc000], ebx", "jne 2b", "inc dword ptr [0xc004]", "mov [0xc000], edx",
+        "2: pause", "cmp [0xc000], ebx", "jne 2b",
+        "mov eax, [0xc004]", "mov [rax + 0xc008], bl", "inc dword ptr [0xc004]", "mov [0xc000], edx",
         "dec ecx", "jnz 2b", "hlt");
     let (machine, two) = pair(code.bits64)?;
     run_both(&machine, &two)?;
     same!(machine.ram.u32(DATA + 4), 40, "turns");
+    same!(machine.ram.read(DATA + 8, 40), [0, 1].repeat(20), "whose");
     Ok(())
 }
 
@@ -142,13 +144,14 @@ fn set_cpuid_while_running() -> Outcome {
     })
 }
 
-/// It waits for the end of RUN, and what it gets is whole.
+/// It waits for the end of RUN, and what it gets is whole, and of now.
 fn get_regs_while_running() -> Outcome {
     let code = guest!(64: "2: inc rax", "mov rcx, rax", "jmp 2b");
     let machine = Machine::new(Mode::Long, code)?;
     while_running(&machine, || {
-        let mut last = 0;
-        for _ in 0..10 {
+        let (mut last, mut moved) = (0, 0);
+        let start = Instant::now();
+        while moved < 10 {
             let state = machine.regs()?;
             ensure!(state.rax >= last, "RAX {:#x} after {last:#x}", state.rax);
             ensure!(
@@ -157,7 +160,13 @@ fn get_regs_while_running() -> Outcome {
                 state.rax,
                 state.rcx
             );
+            moved += u32::from(state.rax > last);
             last = state.rax;
+            ensure!(
+                start.elapsed() < Duration::from_secs(2),
+                "the guest stands still at {last:#x}"
+            );
+            thread::yield_now();
         }
         Ok(())
     })
@@ -215,22 +224,23 @@ fn user_event_from_another_thread() -> Outcome {
     })
 }
 
-/// One clock: what a vCPU reads after another has read is later.
+/// One clock: what a vCPU or the client reads after another has read is later.
 fn tsc_agrees() -> Outcome {
     let code = guest!(64: "2: rdtsc", "shl rdx, 32", "or rax, rdx", "out 0x80, al", "jmp 2b");
     let (machine, two) = pair(code.bits64)?;
     let mut last = 0;
+    let mut later = |now: u64| {
+        let fits = now > last && (last == 0 || now - last < 1 << 36);
+        ensure!(fits, "{now:#x} after {last:#x}");
+        last = now;
+        Ok(())
+    };
     for _ in 0..50 {
         for vcpu in [&machine.vcpu, &two] {
             let exit = run(vcpu, Mode::Long, &machine.ram)?;
             ensure!(matches!(exit, Exit::Out { .. }), "{exit:?}");
-            let now = vcpu.regs()?.rax;
-            ensure!(now > last, "{now:#x} after {last:#x}");
-            ensure!(
-                now - last < 1 << 36 || last == 0,
-                "{now:#x} after {last:#x}"
-            );
-            last = now;
+            later(vcpu.regs()?.rax)?;
+            later(vcpu.msrs(&[0x10])?[0])?;
         }
     }
     Ok(())
@@ -420,6 +430,48 @@ fn sixteen_threads() -> Outcome {
     Ok(())
 }
 
+/// RUN of vCPUs that are running, in turn; how often it was refused.
+fn run_again(vcpus: &[Vcpu]) -> Result<u32> {
+    let mut refused = 0;
+    for vcpu in vcpus.iter().cycle().take(1600) {
+        // So that this RUN ends at once, if it is the one that gets in.
+        vcpu.tunnel.set_user_event(1);
+        match vcpu.run() {
+            Err(Refused(libc::EBUSY)) => refused += 1,
+            Ok(_) => {}
+            Err(other) => anyhow::bail!("RUN: {other}"),
+        }
+        if refused > 3 {
+            break;
+        }
+    }
+    Ok(refused)
+}
+
+/// Whatever can be set of a vCPU that is running, when it has counted further.
+fn set_all(ram: &Ram, id: u64, vcpu: &Vcpu) -> Outcome {
+    let counter = || ram.u64(DATA + 0x800 + id * 8);
+    let (start, before) = (Instant::now(), counter());
+    while counter() == before {
+        ensure!(
+            start.elapsed() < Duration::from_secs(5),
+            "vCPU {id} stands still"
+        );
+        thread::yield_now();
+    }
+    let mut state = vcpu.regs()?;
+    same!(state.rbx, id, "RBX of vCPU {id}");
+    state.rcx = 0x1000 + id;
+    vcpu.set_regs(&state)?;
+    same!(vcpu.set_msrs(&[(0x174, 0x100 + id)])?, 1, "SET_MSRS");
+    let mut fpu = vcpu.fpu()?;
+    fpu.fcw = 0x340 | id as u16;
+    vcpu.set_fpu(&fpu)?;
+    vcpu.interrupt(0x40)?;
+    vcpu.set_debug(0, [0; 8])?;
+    Ok(())
+}
+
 /// As many vCPUs as there may be, all of them running, and every request on each from one more thread: a second RUN is
 /// refused, what reads or writes registers waits, and nobody gets another's.
 fn sixteen_under_requests() -> Outcome {
@@ -454,46 +506,17 @@ fn sixteen_under_requests() -> Outcome {
                 })
             })
             .collect();
-        let mut refused = 0;
-        for vcpu in vcpus.iter().cycle().take(1600) {
-            // So that this RUN ends at once, if it is the one that gets in.
-            vcpu.tunnel.set_user_event(1);
-            match vcpu.run() {
-                Err(Refused(libc::EBUSY)) => refused += 1,
-                Ok(_) => {}
-                Err(other) => anyhow::bail!("RUN: {other}"),
-            }
-            if refused > 3 {
-                break;
-            }
-        }
-        let result = (0..).zip(&vcpus).try_for_each(|(id, vcpu)| {
-            let counter = || ram.u64(DATA + 0x800 + id * 8);
-            let (start, before) = (Instant::now(), counter());
-            while counter() == before {
-                ensure!(
-                    start.elapsed() < Duration::from_secs(5),
-                    "vCPU {id} stands still"
-                );
-                thread::yield_now();
-            }
-            let mut state = vcpu.regs()?;
-            same!(state.rbx, id, "RBX of vCPU {id}");
-            state.rcx = 0x1000 + id;
-            vcpu.set_regs(&state)?;
-            same!(vcpu.set_msrs(&[(0x174, 0x100 + id)])?, 1, "SET_MSRS");
-            let mut fpu = vcpu.fpu()?;
-            fpu.fcw = 0x340 | id as u16;
-            vcpu.set_fpu(&fpu)?;
-            vcpu.interrupt(0x40)?;
-            vcpu.set_debug(0, [0; 8])?;
-            Ok(())
+        let result = run_again(&vcpus).and_then(|refused| {
+            (0..)
+                .zip(&vcpus)
+                .try_for_each(|(id, vcpu)| set_all(&ram, id, vcpu))?;
+            Ok(refused)
         });
         stop.store(true, Ordering::Release);
         for runner in runners {
             join(runner)?;
         }
-        result.map(|()| refused)
+        result
     })?;
     ensure!(refused > 0 || !side_by_side(), "no second RUN was refused");
     for (id, vcpu) in (0..).zip(&vcpus) {
