@@ -21,6 +21,8 @@ Loads haxm.ko on the emulated PC and runs the cases whose name contains FILTER t
   --pin               with the module's parameter pin=1
   --counters          on a PC whose processors have performance counters
   --signals N         a signal comes every N microseconds of the PC's time
+  --kvm               with kvm-intel loaded before haxm.ko, and once more the other way round
+  --neighbour         beside a guest of KVM's that runs all the time
   --verbose           name each case before it runs";
 
 /// The client runs on the emulated PC whatever the host is.
@@ -100,6 +102,42 @@ pub(crate) fn pinned_script(filter: &str, verbose: bool) -> String {
     script(filter, verbose).replacen("insmod /haxm.ko", "insmod /haxm.ko pin=1", 1)
 }
 
+/// The same with a guest of KVM's beside it from before the module is loaded until after it is unloaded.
+pub(crate) fn neighbour_script(filter: &str, verbose: bool) -> String {
+    let script = script(filter, verbose).replacen(
+        "[ -e /dev/HAX ]",
+        "kill $neighbour; wait $neighbour || { echo 'the guest of KVM failed'; code=20; }\n[ -e /dev/HAX ]",
+        1,
+    );
+    format!(
+        "export CONFORMANCE_KVM=neighbour
+/conformance neighbour &
+neighbour=$!
+{script}"
+    )
+}
+
+/// What the cases about KVM are told where it is loaded and has no other guest.
+pub(crate) const KVM_ALONE: &str = "export CONFORMANCE_KVM=alone\n";
+
+/// The same with `kvm-intel`, which is loaded already, and then with it loaded after the module and unloaded before it.
+pub(crate) fn kvm_script(filter: &str, verbose: bool) -> String {
+    let second = script(filter, verbose)
+        .replacen(
+            "insmod /haxm.ko",
+            "insmod /haxm.ko && insmod /lib/modules/kvm-intel.ko",
+            1,
+        )
+        .replacen("rmmod haxm", "rmmod kvm_intel && rmmod haxm", 1);
+    format!(
+        "{KVM_ALONE}insmod /haxm.ko || exit 10
+/conformance run {filter} || {{ dmesg | tail -40; exit 21; }}
+rmmod haxm || exit 12
+rmmod kvm_intel || exit 22
+{second}"
+    )
+}
+
 /// One of these scripts for a kernel that watches itself: nothing is left allocated, and the kernel has watched to the
 /// end. It stops to check locks after its first complaint or when its tables are full.
 pub(crate) fn watched_script(script: &str) -> String {
@@ -150,6 +188,13 @@ pub(crate) fn counters_pc(module: &Path, client: &Path, script: &str) -> Pc {
     pc(module, client, &script).module("msr", "").counters()
 }
 
+/// The PC with KVM loaded, and the time that its guests take.
+pub(crate) fn kvm_pc(module: &Path, client: &Path, script: &str) -> Pc {
+    pc(module, client, script)
+        .module("kvm-intel", "")
+        .timeout(Duration::from_secs(480))
+}
+
 /// Runs the command with the words after its name.
 pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     let mut cpus = 1;
@@ -160,6 +205,8 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     let mut pin = false;
     let mut counters = false;
     let mut signals = None;
+    let mut kvm = false;
+    let mut neighbour = false;
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         let mut value = || {
@@ -178,6 +225,8 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
             "--huge-page" => huge_page = true,
             "--pin" => pin = true,
             "--counters" => counters = true,
+            "--kvm" => kvm = true,
+            "--neighbour" => neighbour = true,
             // The filter becomes part of a shell script.
             word if is_filter(word) && filter.is_empty() => word.clone_into(&mut filter),
             _ => bail!("cannot make sense of '{arg}'\n{HELP}"),
@@ -189,6 +238,7 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     let machine = match (huge_page, counters) {
         (true, _) => huge_page_pc,
         (_, true) => counters_pc,
+        _ if kvm || neighbour => kvm_pc,
         _ => pc,
     };
     let flavour = Flavour::from_series(&series)?;
@@ -198,7 +248,12 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
     } else {
         &stripped
     };
-    let script = if pin { pinned_script } else { script };
+    let script = match (pin, kvm, neighbour) {
+        (true, ..) => pinned_script,
+        (_, true, _) => kvm_script,
+        (_, _, true) => neighbour_script,
+        _ => script,
+    };
     let mut script = script(&filter, verbose);
     if let Some(microseconds) = signals {
         script = format!("export CONFORMANCE_SIGNALS={microseconds}\n{script}");

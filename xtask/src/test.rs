@@ -156,9 +156,18 @@ fn emulated<'a>(parts: &'a setup::Parts, newer: &'a setup::Parts, stages: &mut V
         }),
     ));
     stages.push((
-        "conformance beside KVM, kernel 7".into(),
-        Box::new(|| beside_kvm(&setup::everything(Flavour::Cloud7)?)),
+        "conformance beside a guest of KVM's, kernel 7".into(),
+        Box::new(|| beside_a_guest(&setup::everything(Flavour::Cloud7)?)),
     ));
+    for (flavour, cpus) in BESIDE_KVM {
+        stages.push((
+            format!(
+                "KVM before and after, {cpus} CPU(s), kernel {}",
+                flavour.series()
+            ),
+            Box::new(move || beside_kvm(&setup::everything(*flavour)?, *flavour, *cpus)),
+        ));
+    }
     stages.push((
         "performance counters".into(),
         Box::new(move || {
@@ -202,11 +211,11 @@ fn conform(parts: &setup::Parts, cpus: u32, flavour: Flavour) -> Result<()> {
     verdict(&outcome, outcome.success())
 }
 
-/// KVM of this kernel is in VMX operation from the moment it is loaded.
-fn beside_kvm(parts: &setup::Parts) -> Result<()> {
-    let script = conformance::script("", false);
-    let outcome = conformance::pc(&parts.module, &parts.conformance, &script)
-        .module("kvm-intel", "")
+/// All cases beside a guest of KVM's. KVM of this kernel is in VMX operation from the moment it is loaded, and the
+/// module may not stay in VMX operation of its own.
+fn beside_a_guest(parts: &setup::Parts) -> Result<()> {
+    let script = conformance::neighbour_script("", false);
+    let outcome = conformance::kvm_pc(&parts.module, &parts.conformance, &script)
         .kernel(Flavour::Cloud7)
         .run(&mut std::io::stdout())?;
     verdict(&outcome, outcome.success())
@@ -222,6 +231,24 @@ fn mitigated(parts: &setup::Parts) -> Result<()> {
     );
     let outcome =
         conformance::pc(&parts.module, &parts.conformance, &script).run(&mut std::io::stdout())?;
+    verdict(&outcome, outcome.success())
+}
+
+/// Kernels whose KVM differs, and processors of the emulated PC.
+const BESIDE_KVM: &[(Flavour, u32)] = &[
+    // It enters VMX operation with its first VM.
+    (Flavour::Cloud6_1, 2),
+    (Flavour::Cloud6_12, 1),
+    (Flavour::Cloud7, 2),
+];
+
+/// The cases about KVM, with it loaded before the module and after it.
+fn beside_kvm(parts: &setup::Parts, flavour: Flavour, cpus: u32) -> Result<()> {
+    let script = conformance::kvm_script("beside_kvm/", false);
+    let outcome = conformance::kvm_pc(&parts.module, &parts.conformance, &script)
+        .cpus(cpus)
+        .kernel(flavour)
+        .run(&mut std::io::stdout())?;
     verdict(&outcome, outcome.success())
 }
 

@@ -1,7 +1,7 @@
 //! A client of the ABI that tests the driver through `/dev/HAX`.
 //!
 //! `probe` prints what the driver says of itself; `run [FILTER...]` runs the cases whose name contains one of the
-//! filters; `list` prints their names. It is one static binary, so that it runs in a bare initramfs.
+//! filters; `list` prints their names; `neighbour` runs a guest of KVM's until it is told to end. It is one static binary, so that it runs in a bare initramfs.
 #![allow(
     clippy::cast_possible_truncation,
     reason = "addresses and sizes of small guests"
@@ -13,10 +13,12 @@ mod code;
 mod exit;
 mod machine;
 mod modes;
+mod neighbour;
 mod probe;
 mod process;
 mod ram;
 mod region;
+mod sentinel;
 mod swept;
 mod tasks;
 mod threads;
@@ -30,7 +32,7 @@ use std::time::Instant;
 
 use cases::{Body, Case, GROUPS};
 
-const USAGE: &str = "usage: haxm-conformance probe | run [FILTER...] | list";
+const USAGE: &str = "usage: haxm-conformance probe | run [FILTER...] | list | neighbour";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
         ["probe"] => probe::run(),
         ["run"] => run(&[""]),
         ["run", filters @ ..] => run(filters),
+        ["neighbour"] => neighbour::run(),
         ["list"] => {
             each(&[""], |group, name, _| println!("{group}/{name}"));
             ExitCode::SUCCESS

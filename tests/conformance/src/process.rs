@@ -138,3 +138,72 @@ pub fn killed_after(milliseconds: u64, body: impl FnOnce()) -> Result<()> {
     );
     Ok(())
 }
+
+/// This thread's number.
+pub fn thread_id() -> i32 {
+    // SAFETY: asks for a number.
+    unsafe { libc::gettid() }
+}
+
+/// Moves a thread of this process to one processor.
+pub fn place(thread: i32, processor: usize) -> Result<()> {
+    // SAFETY: an empty set is all zeros.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the number is far below the size of the set.
+    unsafe { libc::CPU_SET(processor, &mut set) };
+    // SAFETY: the set is valid.
+    let result = unsafe { libc::sched_setaffinity(thread, size_of_val(&set), &raw const set) };
+    ensure!(result == 0, "cannot run on processor {processor}");
+    Ok(())
+}
+
+/// This thread runs on one processor; when this is dropped, where it could before. A thread that it makes meanwhile
+/// stays there.
+pub struct Placed(libc::cpu_set_t);
+
+impl Placed {
+    pub fn on(processor: usize) -> Result<Self> {
+        // SAFETY: an empty set is all zeros.
+        let mut before: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        // SAFETY: the set is ours; 0 is this thread.
+        let result =
+            unsafe { libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut before) };
+        ensure!(result == 0, "sched_getaffinity failed");
+        place(0, processor)?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for Placed {
+    fn drop(&mut self) {
+        // SAFETY: the set is valid; 0 is this thread.
+        unsafe { libc::sched_setaffinity(0, size_of_val(&self.0), &raw const self.0) };
+    }
+}
+
+unsafe extern "C" {
+    /// Where the C library's registration for this thread is, from the thread's pointer on.
+    static __rseq_offset: libc::ptrdiff_t;
+}
+
+/// Ends this thread's registration for restartable sequences, which the C library made. With it the kernel has work to
+/// do for a thread on its way to user space after each switch of threads, so RUN ends after each; threads of older C
+/// libraries and of others have none.
+pub fn end_restartable_sequences() -> Result<()> {
+    const UNREGISTER: i32 = 1;
+    const SIGNATURE: u32 = 0x5305_3053;
+    const SIZE: u32 = 32;
+    let thread: usize;
+    // SAFETY: the first word of what FS points at is its own address: the thread's pointer of the ABI.
+    unsafe {
+        core::arch::asm!("mov {}, fs:[0]", out(reg) thread, options(nostack, readonly, preserves_flags));
+    }
+    // SAFETY: the C library wrote it before `main`.
+    let offset = unsafe { __rseq_offset };
+    let area = thread.wrapping_add_signed(offset);
+    // SAFETY: the kernel checks that this is what was registered, and forgets it.
+    let result = unsafe { libc::syscall(libc::SYS_rseq, area, SIZE, UNREGISTER, SIGNATURE) };
+    let error = std::io::Error::last_os_error();
+    ensure!(result == 0, "rseq: {error}");
+    Ok(())
+}

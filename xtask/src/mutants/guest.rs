@@ -112,6 +112,9 @@ fn boots(
     while !left.is_empty() {
         let some = left.get(..AT_ONCE.min(left.len())).unwrap_or_default();
         let mut script = FUNCTIONS.to_owned();
+        if some.first().is_some_and(|m| m.pc.kvm) {
+            script.insert_str(0, conformance::KVM_ALONE);
+        }
         for mutant in some {
             writeln!(
                 script,
@@ -127,6 +130,7 @@ fn boots(
                 huge_page: true, ..
             } => conformance::huge_page_pc,
             Machine { counters: true, .. } => conformance::counters_pc,
+            Machine { kvm: true, .. } => conformance::kvm_pc,
             Machine { .. } => conformance::pc,
         };
         let outcome = pc(module, client, &script)

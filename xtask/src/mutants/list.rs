@@ -16,7 +16,7 @@
 //!   tests must fail. `guest`: conformance cases, by words that their names contain; one must fail for each word. Each
 //!   of the lines may be there several times.
 //! - `cpus 2`: the conformance cases want so many processors. `counters`: they want performance counters; or
-//!   `huge-page`: a PC with a page of 1 GB.
+//!   `huge-page`: a PC with a page of 1 GB; or `kvm`: KVM beside the module.
 //! - `dies`: a test that hangs or ends the process or the machine is caught too.
 //! - `rebuild`: the place is no expression (a constant, a pattern): it is replaced before a build of its own.
 
@@ -60,6 +60,8 @@ pub(crate) struct Machine {
     pub(crate) cpus: u32,
     /// They have performance counters.
     pub(crate) counters: bool,
+    /// It has KVM loaded.
+    pub(crate) kvm: bool,
     /// It has a page of 1 GB to give, and no counters.
     pub(crate) huge_page: bool,
 }
@@ -69,6 +71,7 @@ impl Default for Machine {
         Self {
             cpus: 1,
             counters: false,
+            kvm: false,
             huge_page: false,
         }
     }
@@ -221,6 +224,7 @@ impl Reader<'_> {
                 "cpus" => mutant.pc.cpus = value.parse().map_err(|_| format!("cpus {value}"))?,
                 "huge-page" => mutant.pc.huge_page = true,
                 "counters" => mutant.pc.counters = true,
+                "kvm" => mutant.pc.kvm = true,
                 "dies" => mutant.dies = true,
                 "rebuild" => mutant.rebuild = true,
                 _ => return Err(format!("'{word}' means nothing here")),

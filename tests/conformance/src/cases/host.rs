@@ -17,7 +17,7 @@ use crate::exit::{Exit, halt, out};
 use crate::guest;
 use crate::machine::Machine;
 use crate::modes::{DATA, Mode};
-use crate::process::{after_fork, in_child};
+use crate::process::{Placed, after_fork, in_child};
 use crate::ram::Ram;
 
 pub const CASES: &[Case] = &[
@@ -213,31 +213,19 @@ fn processors_come_and_go(mode: Mode) -> Outcome {
     };
     for _ in 0..2 {
         if Path::new(ONLINE).exists() {
-            run_on_processor(1)?;
+            let _here = Placed::on(1)?;
             next("on the second processor")?;
             let gone = Setting::change(ONLINE, "0")?;
             next("after it went")?;
             drop(gone);
             let online = fs::read_to_string(ONLINE)?;
             same!(online.trim(), "1", "whether the processor is back");
-            run_on_processor(1)?;
         }
+        let _here = Placed::on(usize::from(Path::new(ONLINE).exists()))?;
         next("after it came back")?;
-        run_on_processor(0)?;
+        let _there = Placed::on(0)?;
         next("on the first processor")?;
     }
-    Ok(())
-}
-
-/// Moves this thread.
-fn run_on_processor(number: usize) -> Result<()> {
-    // SAFETY: an empty set is all zeros.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    // SAFETY: the number is far below the size of the set.
-    unsafe { libc::CPU_SET(number, &mut set) };
-    // SAFETY: the set is valid; 0 is this thread.
-    let result = unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) };
-    ensure!(result == 0, "cannot run on processor {number}");
     Ok(())
 }
 

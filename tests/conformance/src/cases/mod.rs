@@ -35,6 +35,7 @@ macro_rules! borrowed_only {
     };
 }
 
+mod beside_kvm;
 mod control;
 mod cpuid;
 mod debug;
@@ -235,6 +236,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "memory_pressure",
         cases: memory_pressure::CASES,
+    },
+    Group {
+        name: "beside_kvm",
+        cases: beside_kvm::CASES,
     },
 ];
 
