@@ -4,6 +4,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicI64, Ordering};
 
 use anyhow::{Result, ensure};
 
@@ -84,19 +85,49 @@ extern "C" fn nothing(_signal: i32) {}
 
 /// Gives SIGALRM a handler that does nothing, and has it sent after so many microseconds, and again.
 pub fn alarm_every(microseconds: i64) {
-    let handler: extern "C" fn(i32) = nothing;
-    // SAFETY: the handler touches nothing.
+    on_alarm(nothing);
+    set_alarm(microseconds, microseconds);
+}
+
+fn on_alarm(handler: extern "C" fn(i32)) {
+    // SAFETY: our handlers touch nothing but the timer and a number of their own.
     unsafe { libc::signal(libc::SIGALRM, handler as libc::sighandler_t) };
-    let time = libc::timeval {
+}
+
+/// SIGALRM after so many microseconds, 0 for never, and then at this interval, 0 for once.
+fn set_alarm(first: i64, interval: i64) {
+    let time = |microseconds| libc::timeval {
         tv_sec: 0,
         tv_usec: microseconds,
     };
     let timer = libc::itimerval {
-        it_interval: time,
-        it_value: time,
+        it_interval: time(interval),
+        it_value: time(first),
     };
     // SAFETY: both arguments are valid; the old value is not wanted.
     unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()) };
+}
+
+/// What was waited for the last SIGALRM of [`with_alarms`], in microseconds.
+static WAITED: AtomicI64 = AtomicI64::new(0);
+
+extern "C" fn later(_signal: i32) {
+    let waited = WAITED.load(Ordering::Relaxed);
+    let next = if waited < 180 { waited + 1 } else { 90 };
+    WAITED.store(next, Ordering::Relaxed);
+    set_alarm(next, 0);
+}
+
+/// Calls `body` with SIGALRM at intervals from 90 to 180 microseconds: one that always meets the same place of a loop,
+/// so that nothing gets done, does not stay.
+pub fn with_alarms<T>(body: impl FnOnce() -> T) -> T {
+    on_alarm(later);
+    WAITED.store(90, Ordering::Relaxed);
+    set_alarm(90, 0);
+    let result = body();
+    on_alarm(nothing);
+    set_alarm(0, 0);
+    result
 }
 
 /// Calls `body` with SIGALRM every so many microseconds.
@@ -143,6 +174,12 @@ pub fn killed_after(milliseconds: u64, body: impl FnOnce()) -> Result<()> {
 pub fn thread_id() -> i32 {
     // SAFETY: asks for a number.
     unsafe { libc::gettid() }
+}
+
+/// Processors that are online, also those that this thread may not use.
+pub fn processors() -> i64 {
+    // SAFETY: asks for a number.
+    unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }
 }
 
 /// Moves a thread of this process to one processor.

@@ -12,6 +12,7 @@ use crate::exit::{Exit, halt};
 use crate::guest;
 use crate::machine::{Machine, expect, prepare, vm_with_ram};
 use crate::modes::{self, DATA, Mode};
+use crate::process::{Placed, place, processors};
 use crate::ram::Ram;
 
 /// The timer of a kernel with 250 Hz comes after 2 ms in the mean.
@@ -55,14 +56,27 @@ pub fn run_both(machine: &Machine, two: &Vcpu) -> Outcome {
     })
 }
 
+/// Keeps this thread on the first processor, if there are several; [`go_apart`] is for the thread it looks at. On one
+/// processor a thread that waits by spinning has to be interrupted before the other can do anything.
+pub fn stay_apart() -> Result<Option<Placed>> {
+    side_by_side().then(|| Placed::on(0)).transpose()
+}
+
+/// Moves this thread to another processor than [`stay_apart`]'s, if there is one.
+pub fn go_apart() -> Outcome {
+    if side_by_side() { place(0, 1) } else { Ok(()) }
+}
+
 /// A guest in a thread of its own that runs until it is told to stop.
 pub fn while_running<T: Send>(
     machine: &Machine,
     body: impl FnOnce() -> Result<T> + Send,
 ) -> Result<T> {
     let stop = AtomicBool::new(false);
+    let _apart = stay_apart()?;
     thread::scope(|scope| {
         let runner = scope.spawn(|| -> Outcome {
+            go_apart()?;
             while !stop.load(Ordering::Acquire) {
                 let exit = machine.run_once()?;
                 ensure!(
@@ -102,5 +116,5 @@ pub fn counts(ram: &Ram) -> Outcome {
 
 /// Whether there are two processors. With one, RUN is over whenever another thread gets to run.
 pub fn side_by_side() -> bool {
-    thread::available_parallelism().is_ok_and(|count| count.get() > 1)
+    processors() > 1
 }

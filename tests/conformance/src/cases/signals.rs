@@ -16,7 +16,7 @@ use crate::exit::Exit;
 use crate::guest;
 use crate::machine::Machine;
 use crate::modes::Mode;
-use crate::threads::{SOON, counts, join, side_by_side, spinning};
+use crate::threads::{SOON, counts, go_apart, join, side_by_side, spinning, stay_apart};
 
 pub const CASES: &[Case] = &[
     case!(a_blocked_signal_ends_run),
@@ -60,17 +60,33 @@ fn send(thread: libc::pthread_t, returns: &AtomicU32, before: u32) -> anyhow::Re
     Ok(start.elapsed())
 }
 
-fn a_blocked_signal_ends_run() -> Outcome {
-    const ROUNDS: u32 = 40;
+/// The sender is a thread that has run no guest: what a vCPU's thread sends is heard when that calls RUN again
+/// (docs/api.md, RUN).
+fn by_another_thread(body: fn() -> Outcome) -> Outcome {
     if !side_by_side() {
         return Ok(());
     }
+    thread::scope(|scope| join(scope.spawn(body)))
+}
+
+fn a_blocked_signal_ends_run() -> Outcome {
+    by_another_thread(at_some_time)
+}
+
+fn a_blocked_signal_on_the_way_into_the_guest() -> Outcome {
+    by_another_thread(on_the_way)
+}
+
+fn at_some_time() -> Outcome {
+    const ROUNDS: u32 = 40;
+    let _apart = stay_apart()?;
     let machine = spinning()?;
     let (returns, stop) = (AtomicU32::new(0), AtomicBool::new(false));
     thread::scope(|scope| {
         let (ready, thread_of) = mpsc::channel();
         let (returns, stop, machine) = (&returns, &stop, &machine);
         let runner = scope.spawn(move || -> Outcome {
+            go_apart()?;
             ready.send(block())?;
             while !stop.load(Ordering::Acquire) {
                 same!(machine.run_once()?, Exit::Interrupt, "RUN");
@@ -102,13 +118,11 @@ fn a_blocked_signal_ends_run() -> Outcome {
 }
 
 /// The signal comes at any time of a RUN that brings in a page before the guest counts on.
-fn a_blocked_signal_on_the_way_into_the_guest() -> Outcome {
+fn on_the_way() -> Outcome {
     const ROUNDS: u32 = 100;
     /// A page that the guest touches once per RUN, and the host has not.
     const PAGE: u64 = 0x2_0000;
-    if !side_by_side() {
-        return Ok(());
-    }
+    let _apart = stay_apart()?;
     let machine = Machine::new(
         Mode::Long,
         guest!(64: "2: inc qword ptr [0xc000]", "mov [0x20000], al", "jmp 2b"),
@@ -118,6 +132,7 @@ fn a_blocked_signal_on_the_way_into_the_guest() -> Outcome {
         let (ready, thread_of) = mpsc::channel();
         let (starts, returns, machine) = (&starts, &returns, &machine);
         let runner = scope.spawn(move || -> Outcome {
+            go_apart()?;
             ready.send(block())?;
             for round in 0..ROUNDS {
                 machine.ram.discard(PAGE, 0x1000);
