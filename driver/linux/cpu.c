@@ -178,7 +178,7 @@ int haxm_os_guest_begin(u32 signals)
 	smp_mb();
 	flags = READ_ONCE(current_thread_info()->flags);
 	if (unlikely(flags & HAXM_EVENTS) ||
-	    unlikely(haxm_os_signals_sent() != signals)) {
+	    unlikely((u32)atomic_read(haxm_sent_to(current)) != signals)) {
 		this_cpu_write(haxm_guest.task, (unsigned long)current | HAXM_OUTSIDE);
 		local_irq_enable();
 		kernel_fpu_end();

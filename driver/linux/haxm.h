@@ -11,6 +11,8 @@
 #ifndef HAXM_H
 #define HAXM_H
 
+#include <linux/atomic.h>
+#include <linux/hash.h>
 #include <linux/percpu-defs.h>
 #include <linux/types.h>
 
@@ -128,6 +130,18 @@ struct haxm_guest {
 #define HAXM_OUTSIDE 1ul
 DECLARE_PER_CPU(struct haxm_guest, haxm_guest);
 void haxm_signal_owed(void);
+
+/*
+ * Signals sent to threads that block them. Threads that share a place end each other's
+ * RUN without need, and that is all.
+ */
+#define HAXM_PLACES_LOG 6
+extern atomic_t haxm_sent[1 << HAXM_PLACES_LOG];
+
+static inline atomic_t *haxm_sent_to(struct task_struct *task)
+{
+	return &haxm_sent[hash_ptr(task, HAXM_PLACES_LOG)];
+}
 
 /* The Rust half. */
 void haxm_core_set_log_level(u32 level);

@@ -19,7 +19,6 @@
  */
 
 #include <linux/atomic.h>
-#include <linux/hash.h>
 #include <linux/percpu.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
@@ -43,20 +42,10 @@ void haxm_signal_owed(void)
 		smp_send_reschedule(here->cpus[--here->owed]);
 }
 
+atomic_t haxm_sent[1 << HAXM_PLACES_LOG];
+
 #ifdef CONFIG_TRACEPOINTS
 static struct tracepoint *haxm_signals;
-
-/*
- * Signals sent to threads that block them. Threads that share a place end each other's
- * RUN without need, and that is all.
- */
-#define HAXM_PLACES_LOG 6
-static atomic_t haxm_sent[1 << HAXM_PLACES_LOG];
-
-static atomic_t *haxm_sent_to(struct task_struct *task)
-{
-	return &haxm_sent[hash_ptr(task, HAXM_PLACES_LOG)];
-}
 
 /*
  * The receiver's sighand->siglock is held, so what it blocks stays the same, and
@@ -111,11 +100,6 @@ u32 haxm_os_hears_signals(void)
 {
 	return haxm_signals != NULL;
 }
-
-u32 haxm_os_signals_sent(void)
-{
-	return atomic_read(haxm_sent_to(current));
-}
 #else
 void haxm_signal_init(void)
 {
@@ -129,9 +113,9 @@ u32 haxm_os_hears_signals(void)
 {
 	return 0;
 }
+#endif
 
 u32 haxm_os_signals_sent(void)
 {
-	return 0;
+	return atomic_read(haxm_sent_to(current));
 }
-#endif
