@@ -25,7 +25,7 @@ const VCPUS: u64 = 16;
 const GPA: u64 = 0x1000_0000;
 /// Threads that change the map, and what each of them does.
 const CHANGERS: u64 = 2;
-const CHANGES: u64 = 96;
+const CHANGES: u64 = 192;
 const OPEN: u32 = 7;
 
 struct Crowd {
