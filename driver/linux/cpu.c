@@ -3,6 +3,7 @@
 
 #include <linux/cpu.h>
 #include <linux/cpuhotplug.h>
+#include <linux/jiffies.h>
 #include <linux/ktime.h>
 #include <linux/perf_event.h>
 #include <linux/reboot.h>
@@ -191,6 +192,7 @@ int haxm_os_guest_begin(u32 signals)
 
 void haxm_os_guest_end(void)
 {
+	this_cpu_write(haxm_guest.left, jiffies);
 	this_cpu_write(haxm_guest.task, (unsigned long)current | HAXM_OUTSIDE);
 #ifdef CONFIG_X86_IOPL_IOPERM
 	invalidate_tss_limit();

@@ -123,6 +123,8 @@ void haxm_cpu_exit(void);
 struct haxm_guest {
 	/* The last one; with HAXM_OUTSIDE if its guest is not running now. */
 	unsigned long task;
+	/* When it left its guest, in jiffies. */
+	unsigned long left;
 	/* Processors to interrupt when the next one starts. */
 	u32 owed;
 	u32 cpus[HAXM_VCPUS - 1];

@@ -11,7 +11,9 @@
  *
  * If the sender is a vCPU's thread itself, as for an interprocessor interrupt, the
  * receiver hears of it when the sender calls RUN again. By then QEMU has given up
- * its one lock, and the receiver need not sleep for it: that would cost more.
+ * its one lock, and the receiver need not sleep for it: that would cost more. A
+ * thread that has been out of its guest for a tick may not be back soon, or may be
+ * another one at the same address.
  *
  * One that is sent while the thread is in RUN and not in the guest, on its way there or
  * after a page, is counted. RUN compares the count with that of its beginning when
@@ -19,6 +21,7 @@
  */
 
 #include <linux/atomic.h>
+#include <linux/jiffies.h>
 #include <linux/percpu.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
@@ -66,6 +69,7 @@ static void haxm_signal(void *data, int number, struct kernel_siginfo *info,
 	if (READ_ONCE(per_cpu(haxm_guest.task, cpu)) != (unsigned long)task)
 		return;
 	if (here->task == ((unsigned long)current | HAXM_OUTSIDE) &&
+	    time_before_eq(jiffies, here->left + 1) &&
 	    here->owed < ARRAY_SIZE(here->cpus))
 		here->cpus[here->owed++] = cpu;
 	else
