@@ -118,7 +118,7 @@ fn pinned_host_tests() -> Result<()> {
     Ok(())
 }
 
-/// What is listed in `tests/mutants`: all of it takes a quarter of an hour, and is for `cargo xtask mutants`.
+/// What is listed in `tests/mutants`: all of it takes a third of an hour, and is for `cargo xtask mutants`.
 fn broken(word: &str) -> Result<()> {
     let code = mutants::run(&[word.to_owned()])?;
     ensure!(code == ExitCode::SUCCESS, "a break has survived");
