@@ -72,17 +72,29 @@ pub fn while_running<T: Send>(
     machine: &Machine,
     body: impl FnOnce() -> Result<T> + Send,
 ) -> Result<T> {
+    let run = || {
+        let exit = machine.run_once()?;
+        ensure!(
+            matches!(exit, Exit::Interrupt | Exit::Vector(_) | Exit::Out { .. }),
+            "{exit:?}"
+        );
+        Ok(())
+    };
+    while_repeating(run, body)
+}
+
+/// One thread that does the same again and again until another, apart from it, has done its work.
+pub fn while_repeating<T: Send>(
+    again: impl Fn() -> Outcome + Sync,
+    body: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
     let stop = AtomicBool::new(false);
     let _apart = stay_apart()?;
     thread::scope(|scope| {
         let runner = scope.spawn(|| -> Outcome {
             go_apart()?;
             while !stop.load(Ordering::Acquire) {
-                let exit = machine.run_once()?;
-                ensure!(
-                    matches!(exit, Exit::Interrupt | Exit::Vector(_) | Exit::Out { .. }),
-                    "{exit:?}"
-                );
+                again()?;
             }
             Ok(())
         });

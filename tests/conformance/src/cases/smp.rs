@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use super::{Case, Outcome};
 use crate::client::{Refused, Vcpu};
@@ -14,7 +14,9 @@ use crate::guest;
 use crate::machine::{Machine, expect, prepare, run, vm_with_ram};
 use crate::modes::{self, DATA, Mode};
 use crate::ram::Ram;
-use crate::threads::{SOON, counts, join, pair, run_both, side_by_side, spinning, while_running};
+use crate::threads::{
+    SOON, counts, join, pair, run_both, side_by_side, spinning, while_repeating, while_running,
+};
 
 pub const CASES: &[Case] = &[
     case!(two_vcpus_count),
@@ -106,26 +108,31 @@ fn device_access_from_both() -> Outcome {
     })
 }
 
-/// EBUSY for as long as another thread is in RUN; that one goes on.
+/// EBUSY for as long as another thread is in RUN; that one goes on. Either thread can be the second: between two RUNs of
+/// the one the other may get in.
 fn second_run_is_refused() -> Outcome {
     let machine = spinning()?;
-    while_running(&machine, || {
-        counts(&machine.ram)?;
-        let mut refused = 0;
-        for _ in 0..200 {
-            match machine.vcpu.run() {
-                Err(Refused(libc::EBUSY)) => refused += 1,
-                Ok(_) => {}
-                Err(other) => anyhow::bail!("RUN: {other}"),
+    let is_refused = || match machine.vcpu.run() {
+        Ok(_) => Ok(false),
+        Err(Refused(libc::EBUSY)) => Ok(true),
+        Err(other) => Err(anyhow!("RUN: {other}")),
+    };
+    while_repeating(
+        || is_refused().map(drop),
+        || {
+            counts(&machine.ram)?;
+            let mut refused = 0;
+            for _ in 0..200 {
+                refused += u32::from(is_refused()?);
+                if refused > 3 {
+                    break;
+                }
+                thread::yield_now();
             }
-            if refused > 3 {
-                break;
-            }
-            thread::yield_now();
-        }
-        ensure!(refused > 0 || !side_by_side(), "never refused");
-        counts(&machine.ram)
-    })
+            ensure!(refused > 0 || !side_by_side(), "never refused");
+            counts(&machine.ram)
+        },
+    )
 }
 
 fn set_cpuid_while_running() -> Outcome {
