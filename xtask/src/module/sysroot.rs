@@ -184,8 +184,10 @@ fn flags(codegen: &str, unstable: &str) -> Vec<String> {
         "-Cno-redzone=y",
         "-Cforce-unwind-tables=no",
         // The kernel unwinds by tables of its own, and these have an entry for each push, pop and
-        // change of RSP where no frame pointer is: half as many with one.
-        "-Cforce-frame-pointers=yes",
+        // change of RSP where no frame pointer is: half as many with one. A function that calls
+        // nothing has one entry without.
+        "-Cforce-frame-pointers=non-leaf",
+        "-Zunstable-options",
         // Calls to memcpy go straight, not through a table the loader would not fill.
         "-Zplt=yes",
         "-Zfunction-sections=n",
