@@ -10,6 +10,7 @@
 mod cases;
 mod client;
 mod code;
+mod compat;
 mod exit;
 mod machine;
 mod modes;

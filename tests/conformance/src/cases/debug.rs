@@ -23,6 +23,8 @@ pub const CASES: &[Case] = &[
     case!(hardware_watchpoint in SIZES),
     case!(hardware_watchpoint_on_a_device in SIZES),
     case!(debugging_leaves_guest_registers in LONG),
+    case!(set_regs_leaves_debug_registers_while_debugging in LONG),
+    case!(breakpoints_end_with_the_next_request in SIZES),
     case!(guest_trap_flag in ALL),
     case!(guest_breakpoint_register in SIZES),
     case!(breakpoint_set_by_the_guest in SIZES),
@@ -289,6 +291,42 @@ fn debugging_leaves_guest_registers(mode: Mode) -> Outcome {
         "DR0 and DR7 of the guest"
     );
     Ok(())
+}
+
+/// A client that sets all registers to the values it knows would end what its debugger has set.
+fn set_regs_leaves_debug_registers_while_debugging(mode: Mode) -> Outcome {
+    let machine = Machine::new(mode, guest!(64: "nop", "mov rbx, dr0", "hlt"))?;
+    machine.set(|state| state.dr0 = 0x1234)?;
+    let mut dr = [0; 8];
+    dr[0] = CODE + 1;
+    dr[7] = 2;
+    machine.vcpu.set_debug(ENABLE | HARDWARE, dr)?;
+    machine.set(|state| {
+        state.dr0 = 0x9999;
+        state.dr7 = 0x400;
+    })?;
+    let exit = machine.run()?;
+    let Exit::Debug { rip, .. } = exit else {
+        anyhow::bail!("{exit:?}");
+    };
+    same!(rip, mode.entry() + 1, "RIP at the client's breakpoint");
+    machine.vcpu.set_debug(0, [0; 8])?;
+    machine.expect(&[halt()])?;
+    same!(machine.regs()?.rbx, 0x1234, "DR0 of the guest");
+    machine.set(|state| state.dr0 = 0x9999)?;
+    same!(machine.regs()?.dr0, 0x9999, "DR0 without debugging");
+    Ok(())
+}
+
+/// VCPU_DEBUG is the whole of what is asked for: without USE_HW_BP no breakpoint stays.
+fn breakpoints_end_with_the_next_request(mode: Mode) -> Outcome {
+    let machine = Machine::new(mode, guest!("nop", "nop", "hlt"))?;
+    let mut dr = [0; 8];
+    dr[0] = CODE + 1;
+    dr[7] = 2;
+    machine.vcpu.set_debug(ENABLE | HARDWARE, dr)?;
+    machine.vcpu.set_debug(ENABLE | SOFTWARE, dr)?;
+    machine.expect(&[halt()])
 }
 
 fn guest_trap_flag(mode: Mode) -> Outcome {

@@ -36,6 +36,7 @@ macro_rules! borrowed_only {
 }
 
 mod beside_kvm;
+mod compat;
 mod control;
 mod cpuid;
 mod debug;
@@ -104,6 +105,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "requests",
         cases: requests::CASES,
+    },
+    Group {
+        name: "compat",
+        cases: compat::CASES,
     },
     Group {
         name: "lifecycle",
