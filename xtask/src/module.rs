@@ -250,17 +250,34 @@ impl Headers {
 /// Runs Kbuild over the C half of this workspace and the object; returns the path of `haxm.ko`.
 fn build_for(sources: &Path, headers: &Headers, object: &Path) -> Result<PathBuf> {
     let dir = folder().join(&headers.name);
-    fs::create_dir_all(&dir)?;
+    lay_out(sources, &dir, object)?;
+    make(&dir, headers)?;
+    Ok(dir.join("haxm.ko"))
+}
+
+/// Fills a folder with what a module is built from without Rust: the C half, its build files and the object.
+///
+/// # Errors
+/// A file cannot be read or written.
+pub(crate) fn lay_out(sources: &Path, dir: &Path, object: &Path) -> Result<()> {
+    fs::create_dir_all(dir)?;
     let sources = sources.join("driver/linux");
     for file in SHIM {
         replace(&dir.join(file), &fs::read(sources.join(file))?)?;
     }
-    replace(&dir.join("core.pre.o"), &without_notes(object)?)?;
-    replace(&dir.join("VERSION"), env!("CARGO_PKG_VERSION").as_bytes())?;
+    replace(&dir.join("core.compiled"), &without_notes(object)?)?;
+    replace(&dir.join("VERSION"), VERSION.as_bytes())
+}
+
+/// The module's version.
+pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Runs the Makefile of such a folder for a kernel.
+fn make(dir: &Path, headers: &Headers) -> Result<()> {
     let log = dir.join("build.log");
     let mut make = Command::new("make");
     make.arg("-C")
-        .arg(&dir)
+        .arg(dir)
         .arg(format!("KDIR={}", headers.dir.display()))
         .env_remove("MAKEFLAGS");
     if let Some(compiler) = &headers.compiler {
@@ -276,7 +293,7 @@ fn build_for(sources: &Path, headers: &Headers, object: &Path) -> Result<PathBuf
         log.display(),
         warnings.join("\n  ")
     );
-    Ok(dir.join("haxm.ko"))
+    Ok(())
 }
 
 /// Writes a file only if its contents change, so that make sees what is new.
