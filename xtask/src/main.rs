@@ -11,6 +11,7 @@ mod guests;
 mod lint;
 mod module;
 mod mutants;
+mod package;
 mod profile;
 mod run;
 mod setup;
@@ -61,6 +62,11 @@ const COMMANDS: &[Command] = &[
         name: "mutants",
         about: "[--host] [--guest] [--list] [--cases] [NAME...]  break the code on purpose: tests must fail",
         run: mutants::run,
+    },
+    Command {
+        name: "package",
+        about: "[--check]  build a Debian package: DKMS builds the module where it is installed",
+        run: package::run,
     },
     Command {
         name: "profile",

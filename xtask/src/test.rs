@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use testbed::folder::workspace_root;
 use testbed::{Flavour, Outcome, Pc, cpu, firmware};
 
-use crate::{bench, conformance, guests, lint, mutants, setup};
+use crate::{bench, conformance, guests, lint, mutants, package, setup};
 
 const HELP: &str = "usage: cargo xtask test [--host]
 Runs the lints, the host tests, and the driver's tests on the emulated PC.
@@ -182,6 +182,10 @@ fn emulated<'a>(parts: &'a setup::Parts, newer: &'a setup::Parts, stages: &mut V
         Box::new(|| broken("--build")),
     ));
     stages.push(("a page of 1 GB".into(), Box::new(move || huge_page(parts))));
+    stages.push((
+        "the package".into(),
+        Box::new(move || package::check(parts)),
+    ));
     stages.push(("all mitigations".into(), Box::new(move || mitigated(parts))));
     for refusal in REFUSALS {
         stages.push((
