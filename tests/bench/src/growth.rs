@@ -18,8 +18,8 @@ const OUT: Exit = Exit::Out {
 
 /// As many as our ABI allows in a VM.
 const VCPUS: u32 = 16;
-/// The same of VMs, less some that other programs may have.
-const VMS: usize = 60;
+/// The same of VMs.
+const VMS: usize = 64;
 /// VMs with all their vCPUs, as many as a program may have files.
 const FULL_VMS: usize = 30;
 
