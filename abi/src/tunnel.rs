@@ -306,7 +306,7 @@ pub struct TunnelDebug {
     pub rip: u64,
     /// What a #DB would have put in DR6; 0 for #BP.
     pub dr6: u64,
-    /// Guest DR7 at #DB; 0 for #BP.
+    /// DR7 in force at #DB, which is the debugger's own; 0 for #BP.
     pub dr7: u64,
 }
 

@@ -68,12 +68,19 @@ fn stepping(mode: Mode, code: crate::code::Code) -> anyhow::Result<Machine> {
 }
 
 fn single_step(mode: Mode) -> Outcome {
-    let machine = stepping(
-        mode,
-        guest!("nop", "mov al, 1", "jmp 2f", "ud2", "2: nop", "hlt"),
-    )?;
+    let code = guest!("nop", "mov al, 1", "jmp 2f", "ud2", "2: nop", "hlt");
+    let machine = Machine::new(mode, code)?;
+    machine.set(|state| state.dr7 = 0x500)?;
+    machine.vcpu.set_debug(ENABLE | STEP, [0; 8])?;
     let seen = steps(&machine)?;
     same!(seen.get(..4), Some(&[1, 3, 7, 8][..]), "RIPs");
+    // The guest's is not in force.
+    let (told, own) = (machine.vcpu.tunnel.debug().2, machine.regs()?.dr7);
+    same!(
+        (told, own),
+        (0x400, 0x500),
+        "DR7 in the tunnel, the guest's"
+    );
     Ok(())
 }
 
@@ -185,6 +192,7 @@ fn software_breakpoint(mode: Mode) -> Outcome {
         dr6: 0,
     };
     same!(machine.run()?, wanted, "exit: RIP is on the INT3");
+    same!(machine.vcpu.tunnel.debug().2, 0, "DR7 in the tunnel");
     // A debugger puts the instruction back and goes on.
     machine.ram.write(CODE + 1, &[0x90]);
     machine.expect(&[halt()])
@@ -205,12 +213,16 @@ fn hardware_breakpoint(mode: Mode) -> Outcome {
     let mut dr = [0; 8];
     dr[1] = CODE + 2;
     dr[7] = 1 << 3;
+    machine.set(|state| state.dr7 = 0x500)?;
     machine.vcpu.set_debug(ENABLE | HARDWARE, dr)?;
     let exit = machine.run()?;
     let Exit::Debug { rip, dr6 } = exit else {
         anyhow::bail!("{exit:?}");
     };
     same!((rip, dr6 & 0xf), (mode.entry() + 2, 2), "RIP and B1");
+    let told = machine.vcpu.tunnel.debug().2;
+    same!(told, 0x408, "DR7: the client's, with its fixed bit");
+    same!(machine.regs()?.dr7, 0x500, "DR7: the guest's");
     machine.vcpu.set_debug(0, [0; 8])?;
     machine.expect(&[halt()])?;
     same!(machine.regs()?.rbx, 1, "BL");

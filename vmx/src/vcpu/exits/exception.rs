@@ -95,8 +95,7 @@ pub fn debug_trap<H: Host>(
     conditions: u64,
 ) -> Next {
     if inner.debug.takes_debug_exceptions() {
-        let dr7 = inner.debug.guest_dr7();
-        return report(vcpu, inner, current, conditions, dr7);
+        return report(vcpu, inner, current, conditions, inner.debug.dr7());
     }
     inner.debug.record(conditions);
     inner.debug.clear_general_detect(current);
@@ -108,11 +107,10 @@ pub fn stepped<H: Host>(vcpu: &Vcpu<H>, inner: &mut Inner<H>, current: &Current<
     if !inner.debug.steps() {
         return Next::Resume;
     }
-    let dr7 = inner.debug.guest_dr7();
-    report(vcpu, inner, current, DR6_BS, dr7)
+    report(vcpu, inner, current, DR6_BS, inner.debug.dr7())
 }
 
-/// Tells the client's debugger.
+/// Tells the client's debugger. `dr7` is the one in force, which is its own, as HAXM has it; 0 for #BP.
 fn report<H: Host>(
     vcpu: &Vcpu<H>,
     inner: &mut Inner<H>,
