@@ -181,7 +181,7 @@ impl Parts {
         self.pc(flavour)
             .file("/bench", &self.client)
             .script(&side_script(&side("kvm"), &side("haxm")))
-            .timeout(Duration::from_secs(300))
+            .timeout(Duration::from_secs(1800))
             .run(&mut std::io::stdout())
     }
 

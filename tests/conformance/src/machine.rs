@@ -1,6 +1,6 @@
 //! A guest: a VM with RAM, one vCPU in a mode, code, and a run loop that serves exits as QEMU would.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use abi::{ExitStatus, FxLayout, VcpuState};
 use anyhow::{Context, Result, bail, ensure};
@@ -10,9 +10,7 @@ use crate::code::Code;
 use crate::exit::{Exit, Step};
 use crate::modes::{self, FIRST_RETURNING, HIGH_START, LOW_END, Mode, RAM_SIZE, STUBS};
 use crate::ram::Ram;
-
-/// A guest that has run this long without an exit of its own runs in a circle. Emulated time.
-const PATIENCE: Duration = Duration::from_secs(3);
+use crate::threads::PATIENCE;
 
 /// A VM with RAM, and its vCPU 0. The fields are dropped in this order.
 pub struct Machine {
@@ -157,6 +155,7 @@ pub fn run(vcpu: &Vcpu, mode: Mode, ram: &Ram) -> Result<Exit> {
             Exit::Interrupt => {}
             exit => return Ok(exit),
         }
+        // A guest that has run this long without an exit of its own runs in a circle.
         if start.elapsed() > PATIENCE {
             let rip = vcpu.regs()?.rip;
             bail!("no exit in {PATIENCE:?}, rip {rip:#x}");

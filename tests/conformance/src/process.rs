@@ -5,6 +5,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
@@ -156,7 +157,7 @@ pub fn killed_after(milliseconds: u64, body: impl FnOnce()) -> Result<()> {
         // SAFETY: ends the child without running the parent's cleanup.
         unsafe { libc::_exit(1) };
     }
-    std::thread::sleep(std::time::Duration::from_millis(milliseconds));
+    std::thread::sleep(Duration::from_millis(milliseconds));
     // SAFETY: the child is ours and has not been waited for.
     unsafe { libc::kill(child, libc::SIGKILL) };
     let mut status = 0;
@@ -174,6 +175,39 @@ pub fn killed_after(milliseconds: u64, body: impl FnOnce()) -> Result<()> {
 pub fn thread_id() -> i32 {
     // SAFETY: asks for a number.
     unsafe { libc::gettid() }
+}
+
+/// A clock of processor time: what a thread or this process has had, however many others wanted their turn meanwhile.
+#[derive(Clone, Copy)]
+pub struct Clock(libc::clockid_t);
+
+impl Clock {
+    /// Of this thread, for others to read.
+    pub fn of_this_thread() -> Result<Self> {
+        let mut id = 0;
+        // SAFETY: asks which thread this is.
+        let this = unsafe { libc::pthread_self() };
+        // SAFETY: this thread lives; the number is ours.
+        let result = unsafe { libc::pthread_getcpuclockid(this, &raw mut id) };
+        ensure!(result == 0, "pthread_getcpuclockid failed");
+        Ok(Self(id))
+    }
+
+    /// Of this process. What threads that run now have had since the last tick may be missing.
+    pub const fn of_this_process() -> Self {
+        Self(libc::CLOCK_PROCESS_CPUTIME_ID)
+    }
+
+    /// What it shows.
+    pub fn now(self) -> Duration {
+        let mut time = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: the time is ours. The clock of a thread that is gone leaves it as it is.
+        unsafe { libc::clock_gettime(self.0, &raw mut time) };
+        Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+    }
 }
 
 /// Processors that are online, also those that this thread may not use.

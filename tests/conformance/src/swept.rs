@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::code::Code;
 use crate::exit::Exit;
@@ -99,6 +99,25 @@ impl Swept {
         drop(self.machine);
         log.counters(&name)
     }
+}
+
+/// What the driver counts of a guest's memory fits, in one of a few attempts: the kernel moves pages on its own, and has
+/// no large one to give at times.
+pub fn counted(
+    attempt: impl Fn() -> Result<Counters>,
+    fits: impl Fn(&Counters) -> bool,
+) -> Result<()> {
+    let mut seen = Vec::new();
+    for _ in 0..5 {
+        let counters = attempt()?;
+        if fits(&counters) {
+            return Ok(());
+        }
+        seen.push(counters);
+        // Pages in use go to one end of memory: large ones are free at the other.
+        fs::write("/proc/sys/vm/compact_memory", "1").context("compact_memory")?;
+    }
+    bail!("{seen:?}")
 }
 
 /// One of many patterns.

@@ -1,5 +1,7 @@
 //! The emulated PC: what is in it, and a run from power-on to its verdict.
 
+mod chance;
+
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -69,6 +71,8 @@ pub struct Pc {
     feature_control: u8,
     ignore_bad_msrs: bool,
     instructions_per_second: u32,
+    /// Instructions that one of several processors does before it is another's turn.
+    turn: u32,
     report_errors: bool,
     keep: bool,
     profile: bool,
@@ -98,6 +102,8 @@ impl Pc {
             feature_control: firmware::LOCKED_ON,
             ignore_bad_msrs: true,
             instructions_per_second: INSTRUCTIONS_PER_SECOND,
+            // The emulator's own default.
+            turn: 16,
             report_errors: false,
             keep: false,
             profile: false,
@@ -242,6 +248,13 @@ impl Pc {
     /// The PC could not be put together, or `serial` cannot be written. A run that goes wrong is no
     /// error but an [`Outcome`].
     pub fn run(&self, serial: &mut dyn Write) -> Result<Outcome> {
+        if let Some(seed) = chance::seed()? {
+            return chance::perturbed(self.clone(), seed).start(serial);
+        }
+        self.start(serial)
+    }
+
+    fn start(&self, serial: &mut dyn Write) -> Result<Outcome> {
         ensure!(
             (1..=8).contains(&self.cpus),
             "the emulated PC has 1 to 8 processors"
@@ -347,7 +360,7 @@ impl Pc {
             "ignore"
         };
         let (cpu, cpus, memory) = (&self.cpu, self.cpus, self.memory_mb);
-        let rate = self.instructions_per_second;
+        let (rate, turn) = (self.instructions_per_second, self.turn);
         // More than it can have at once goes to a file; nothing here uses so much.
         let at_once = memory.min(2048);
         let (rom, cylinders) = (pieces.vga_rom(), geometry.cylinders);
@@ -355,7 +368,7 @@ impl Pc {
         format!(
             "config_interface: textconfig\n{sound}\
              display_library: {display}\n\
-             cpu: model={cpu}, count={cpus}, ips={rate}, \
+             cpu: model={cpu}, count={cpus}, quantum={turn}, ips={rate}, \
              reset_on_triple_fault=0, ignore_bad_msrs={bad_msrs}{exclude}\n\
              memory: guest={memory}, host={at_once}\n\
              romimage: file=bios.rom\n\

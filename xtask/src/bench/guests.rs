@@ -64,7 +64,7 @@ fn start(
     let script = side_script(&run("kvm"), &run("hax"));
     let outcome = pc
         .script(&script)
-        .timeout(Duration::from_secs(300))
+        .timeout(Duration::from_secs(1800))
         .run(&mut io::sink())?;
     ensure!(outcome.success(), "the guests failed: {outcome}");
     let mut sides = outcome.serial.split("@@SIDE ").skip(1);

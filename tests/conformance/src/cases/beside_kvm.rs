@@ -180,8 +180,12 @@ fn on_changing_processors() -> Outcome {
                     if stop.load(Ordering::Relaxed) {
                         break;
                     }
-                    // 0 would be this thread.
-                    place(number.load(Ordering::Relaxed), processor)?;
+                    let thread = number.load(Ordering::Relaxed);
+                    // 0 would be this thread. One that has made its rounds is gone.
+                    if thread != 0 && place(thread, processor).is_err() {
+                        ensure!(!exists(thread), "thread {thread} cannot be moved");
+                        break;
+                    }
                     // Long enough for the scheduler to give it a turn on each: moved every 3 ms it starves.
                     thread::sleep(Duration::from_millis(20));
                 }
@@ -193,6 +197,11 @@ fn on_changing_processors() -> Outcome {
             result
         })
     })
+}
+
+/// Whether this process has such a thread.
+fn exists(thread: i32) -> bool {
+    std::path::Path::new(&format!("/proc/self/task/{thread}")).exists()
 }
 
 fn our_vms_come_and_go() -> Outcome {
