@@ -107,8 +107,6 @@ fn a_blocked_signal_ends_run() -> Outcome {
         return Ok(());
     }
     let _apart = stay_apart()?;
-    Machine::new(Mode::Long, guest!("hlt"))?.expect(&[halt()])?;
-    thread::sleep(Duration::from_millis(20));
     let machine = spinning()?;
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -125,6 +123,9 @@ fn a_blocked_signal_ends_run() -> Outcome {
             Ok(())
         });
         let batch = |runner: &Runner| {
+            // What it owes it owes from here on.
+            Machine::new(Mode::Long, guest!("hlt"))?.expect(&[halt()])?;
+            thread::sleep(Duration::from_millis(20));
             let mut soon = 0;
             for round in 0..ROUNDS {
                 counts(&machine.ram)?;
