@@ -385,6 +385,12 @@ fn only_processors_in_the_guest_are_waited_for() {
     space.after_exit(2);
 }
 
+fn until(flag: &AtomicBool) {
+    while !flag.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
+}
+
 /// The kernel is in the middle of a copy to a buffer when the client unmaps
 /// it: the client may use the buffer for something else once the call returns.
 #[test]
@@ -394,19 +400,19 @@ fn a_change_waits_for_copies_under_way() {
     space.add_ram_block(Hva(GB), MB).unwrap();
     for protect in [false, true] {
         space.set_ram(0, MB, GB, 0).unwrap();
-        let copying = Arc::new(AtomicBool::new(false));
-        let returned = Arc::new(AtomicBool::new(false));
-        let flags = (copying.clone(), returned.clone());
+        let [copying, calling, returned] = [(); 3].map(|()| Arc::new(AtomicBool::new(false)));
+        let flags = [copying.clone(), calling.clone(), returned.clone()];
         *host.0.copying.lock().unwrap() = Some(Box::new(move |_| {
-            flags.0.store(true, Ordering::SeqCst);
+            let [copying, calling, returned] = &flags;
+            copying.store(true, Ordering::SeqCst);
+            until(calling);
             std::thread::sleep(Duration::from_millis(50));
-            assert!(!flags.1.load(Ordering::SeqCst), "the buffer is gone");
+            assert!(!returned.load(Ordering::SeqCst), "the buffer is gone");
         }));
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                while !copying.load(Ordering::SeqCst) {
-                    std::thread::yield_now();
-                }
+                until(&copying);
+                calling.store(true, Ordering::SeqCst);
                 if protect {
                     space.protect_ram(0, MB, 0).unwrap();
                 } else {
@@ -465,12 +471,13 @@ fn a_change_waits_for_a_series_of_reads() {
     for protect in [false, true] {
         space.set_ram(0, MB, GB, 0).unwrap();
         space.write(Gpa(PAGE), &[7]).unwrap();
-        let returned = AtomicBool::new(false);
+        let (calling, returned) = (AtomicBool::new(false), AtomicBool::new(false));
         std::thread::scope(|scope| {
             let reader = space.reader();
             let mut byte = [0];
             reader.read(Gpa(0), &mut byte).unwrap();
             scope.spawn(|| {
+                calling.store(true, Ordering::SeqCst);
                 if protect {
                     space.protect_ram(0, MB, 0).unwrap();
                 } else {
@@ -478,6 +485,7 @@ fn a_change_waits_for_a_series_of_reads() {
                 }
                 returned.store(true, Ordering::SeqCst);
             });
+            until(&calling);
             std::thread::sleep(Duration::from_millis(50));
             reader.read(Gpa(PAGE), &mut byte).unwrap();
             assert_eq!(byte, [7]);

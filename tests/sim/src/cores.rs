@@ -18,7 +18,7 @@ use vmx::sync::LockClass;
 use crate::state::Inner;
 
 /// Longer than any wait in a test that works.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What a thread holds.
 #[derive(Default)]

@@ -21,7 +21,7 @@ const HOST_RSP: u32 = 0x6c14;
 const HOST_RIP: u32 = 0x6c16;
 const RIP: u32 = 0x681e;
 const INTERRUPTIBILITY: u32 = 0x4824;
-/// Entries with nothing to do before the test is taken to hang.
+/// Entries in which nothing is done before the test is taken to hang.
 const IDLE_LIMIT: u64 = 20_000;
 /// Runs of one step before the hypervisor is taken to make no progress.
 const RERUN_LIMIT: u32 = 20_000;
@@ -317,6 +317,7 @@ fn boundary(inner: &Inner, cpu: usize, vmcs: u64) -> Option<ExitInfo> {
     // would never let the host have the processor either.
     let open = get(0x6820) >> 9 & 1 != 0 && blocking & 3 == 0;
     if get(0x4002) >> 2 & 1 != 0 && open {
+        stands_still(&mut inner.state());
         return Some(ExitInfo {
             reason: 7,
             ..ExitInfo::default()
@@ -435,14 +436,17 @@ fn preemption_timer(inner: &Inner, vmcs: u64) -> Option<u64> {
 
 /// A guest with nothing to do spins until the host's timer interrupts it.
 fn idle(inner: &Inner, cpu: usize) {
-    let mut state = inner.state();
+    stands_still(&mut inner.state());
+    inner.cores.raise(cpu);
+}
+
+/// An entry in which the guest does nothing, after the last in which it did.
+fn stands_still(state: &mut State) {
     state.idle += 1;
     assert!(
         state.idle < IDLE_LIMIT,
-        "the guest has nothing left to do and is entered for ever"
+        "the guest does nothing and is entered for ever"
     );
-    drop(state);
-    inner.cores.raise(cpu);
 }
 
 /// An exception of the guest's own: an exit if the exception bitmap says so

@@ -2,7 +2,8 @@
 //! such a host with `SIM_PIN` set.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Instant;
 
 use abi::tunnel::ExitStatus;
 use sim::client::{Client, RAM_SIZE};
@@ -51,28 +52,33 @@ fn a_block_is_let_go_after_the_flush() {
     map();
     let (machine, vcpu) = (client.machine.clone(), client.vcpu.clone());
     let done = Arc::new(AtomicBool::new(false));
-    let stop = Arc::clone(&done);
+    let writes = Arc::new(AtomicU32::new(0));
+    let (stop, written) = (Arc::clone(&done), Arc::clone(&writes));
     let guest = std::thread::spawn(move || {
-        let mut writes = 0u32;
         while !stop.load(Ordering::SeqCst) {
             machine.script((0..8).map(|n| Step::write(GPA + n * 0x1000, 4, 7, 2)));
             while machine.script_left() > 0 {
                 vcpu.run().unwrap();
-                writes += 1;
+                written.fetch_add(1, Ordering::SeqCst);
             }
         }
-        writes
     });
-    let mut seen = 0;
-    for _ in 0..200 {
+    let (mut seen, mut rounds) = (0, 0);
+    // When the guest's thread gets to run is the scheduler's business.
+    let start = Instant::now();
+    while rounds < 200 || seen == 0 || writes.load(Ordering::SeqCst) == 0 {
+        assert!(
+            start.elapsed().as_secs() < 120,
+            "never pinned, or never written to: {rounds} rounds, pinned in {seen}"
+        );
+        rounds += 1;
         seen += usize::from(client.machine.pinned_frames() != 0);
         client.vm.set_ram(GPA, SIZE, 0, INVALID).unwrap();
         map();
         std::thread::yield_now();
     }
     done.store(true, Ordering::SeqCst);
-    assert!(guest.join().unwrap() > 0);
-    assert!(seen > 0, "never pinned");
+    guest.join().unwrap();
     client.vm.set_ram(GPA, SIZE, 0, INVALID).unwrap();
     client.finish();
 }

@@ -94,3 +94,22 @@ pub(super) fn perturbed(mut pc: Pc, seed: u64) -> Pc {
     pc.script = script;
     pc
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_a_boot() {
+        let drawn = |seed| {
+            let pc = perturbed(Pc::new().cpus(2).script("exit 7\n"), seed);
+            assert!((1..=32).contains(&pc.turn) && (256..304).contains(&pc.memory_mb));
+            assert!((40_000_000..70_000_000).contains(&pc.instructions_per_second));
+            assert!(pc.script.ends_with("done\nexit 7\n") || pc.script.ends_with("&\nexit 7\n"));
+            format!("{pc:?}")
+        };
+        let all: std::collections::BTreeSet<String> = (0..100).map(drawn).collect();
+        assert_eq!(all.len(), 100);
+        assert!((0..100).map(drawn).all(|pc| all.contains(&pc)));
+    }
+}
