@@ -346,6 +346,9 @@ mod tests {
         };
         assert!(judged(System::Mach, "guest: x\nGUEST: PASS"));
         assert!(!judged(System::Mach, "guest: x\nGUEST: FAIL memory: lost"));
+        // The rest of the line is on its way.
+        let slowly = "guest: x'; printf GUEST:; sleep 2; echo ' PASS";
+        assert!(judged(System::Mach, slowly));
         let screen =
             |errors| format!("\x1b[4;35H #4 [x]\x1b[9;1HPass:  0        Errors: {errors} ");
         assert!(judged(System::Memtest, &screen(0)));
