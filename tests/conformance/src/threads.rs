@@ -38,7 +38,7 @@ pub fn most_come_soon(mut batch: impl FnMut() -> Result<(u32, u32)>) -> Outcome 
 }
 
 /// How long a thread waits for what has to come. Emulated time, and others may want the processors.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Calls `is_so` until it is.
 pub fn wait_until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Outcome {

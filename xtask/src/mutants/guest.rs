@@ -31,7 +31,7 @@ attempt() {
   number=$1; shift
   dmesg -c > /dev/null
   insmod /haxm.ko broken=$number || { echo '@@DIED insmod'; return; }
-  timeout -s KILL 60 /conformance run $*
+  timeout -s KILL 200 /conformance run $*
   code=$?
   [ $code -lt 2 ] || echo '@@DIED the client'
   rmmod haxm || { echo '@@DIED rmmod'; exit 1; }
