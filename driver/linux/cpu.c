@@ -229,19 +229,19 @@ static int haxm_cpu_offline(unsigned int cpu)
 }
 
 /*
- * Suspend takes all processors but one offline, by the calls above; these are
+ * Sleep takes all processors but one offline, by the calls above; these are
  * for the last one.
  */
 #ifdef HAXM_SYSCORE_DATA
 static int haxm_suspend(void *data)
 {
-	haxm_core_cpu_offline();
+	haxm_core_sleep();
 	return 0;
 }
 
 static void haxm_resume(void *data)
 {
-	haxm_core_cpu_online();
+	haxm_core_wake();
 }
 
 static const struct syscore_ops haxm_sleep_ops = {
@@ -256,13 +256,13 @@ static struct syscore haxm_sleep = { .ops = &haxm_sleep_ops };
 #else
 static int haxm_suspend(void)
 {
-	haxm_core_cpu_offline();
+	haxm_core_sleep();
 	return 0;
 }
 
 static struct syscore_ops haxm_sleep = {
 	.suspend = haxm_suspend,
-	.resume = haxm_core_cpu_online,
+	.resume = haxm_core_wake,
 };
 
 #define haxm_sleep_register() register_syscore_ops(&haxm_sleep)

@@ -163,12 +163,12 @@ void haxm_core_invalidate_begin(void *listener, u64 start, u64 end);
 void haxm_core_invalidate_end(void *listener, u64 start, u64 end);
 /* Whether a guest has used a page of them; aging is a HAXM_AGING_. Must not sleep. */
 u32 haxm_core_young(void *listener, u64 start, u64 end, u32 aging);
-/*
- * Called on the processor that came or goes, unable to migrate; at suspend on
- * the last running one, with interrupts off.
- */
+/* Called on the processor that came or goes, unable to migrate. */
 void haxm_core_cpu_online(void);
 void haxm_core_cpu_offline(void);
+/* Called on the last running processor, with interrupts off. */
+void haxm_core_sleep(void);
+void haxm_core_wake(void);
 /* The machine restarts or halts. All processors run, interrupts on. */
 void haxm_core_reboot(void);
 

@@ -163,6 +163,20 @@ impl<H: Host> Hypervisor<H> {
         }
     }
 
+    /// The last running processor goes to sleep; called on it, with interrupts off.
+    pub fn sleep(&self) {
+        if let Ok(platform) = &self.platform {
+            platform.operation().sleep();
+        }
+    }
+
+    /// It woke; called on it before any other comes online.
+    pub fn wake(&self) {
+        if let Ok(platform) = &self.platform {
+            platform.operation().wake();
+        }
+    }
+
     /// The machine is about to sleep, hibernate or restart: no processor may
     /// stay in VMX operation, where it would ignore INIT.
     pub fn suspend(&self) {

@@ -71,6 +71,11 @@ pub struct Operation<H: Host> {
     wanted: AtomicBool,
     /// Between [`Operation::suspend`] and [`Operation::resume`].
     asleep: AtomicBool,
+    /// What the time-stamp counter was, with `tsc_lost`, when the last processor
+    /// went to sleep.
+    tsc_before: AtomicU64,
+    /// Ticks by which the counter went back in sleeps.
+    tsc_lost: AtomicU64,
     /// VPIDs are in use; without them INVVPID may be #UD.
     has_vpid: bool,
 }
@@ -121,6 +126,8 @@ impl<H: Host> Operation<H> {
             parts_guests: caps.speculation.parts_guests,
             wanted: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
+            tsc_before: AtomicU64::new(0),
+            tsc_lost: AtomicU64::new(0),
             has_vpid: caps.has_vpid(),
         })
     }
@@ -185,6 +192,36 @@ impl<H: Host> Operation<H> {
                     .last
                     .compare_exchange(number, NOWHERE, Ordering::SeqCst, Ordering::SeqCst);
         }
+    }
+
+    /// The last running processor goes to sleep; called on it, with interrupts
+    /// off. All others are offline.
+    pub fn sleep(&self) {
+        let now = self.host.cpu().rdtsc().wrapping_add(self.tsc_lost());
+        self.tsc_before.store(now, Ordering::SeqCst);
+        self.cpu_offline();
+    }
+
+    /// It woke; called on it before any other comes online. If its time-stamp
+    /// counter began again meanwhile, as it may where a sleep takes the power
+    /// away, the guests' must not go back with it: SDM 18.17 "Time-Stamp Counter"
+    /// has it count up until a reset.
+    pub fn wake(&self) {
+        let lost = self.tsc_lost();
+        let now = self.host.cpu().rdtsc().wrapping_add(lost);
+        let before = self.tsc_before.load(Ordering::SeqCst);
+        if now < before {
+            let behind = before.wrapping_sub(now);
+            self.tsc_lost
+                .store(lost.wrapping_add(behind), Ordering::SeqCst);
+        }
+        self.cpu_online();
+    }
+
+    /// What guests add to the host's time-stamp counter for its going back in
+    /// sleeps, in ticks. It changes only while no VMCS is active.
+    pub fn tsc_lost(&self) -> u64 {
+        self.tsc_lost.load(Ordering::SeqCst)
     }
 
     /// The machine is about to sleep, hibernate or restart: every processor

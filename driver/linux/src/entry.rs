@@ -206,6 +206,20 @@ extern "C" fn haxm_core_cpu_offline() {
     }
 }
 
+#[unsafe(no_mangle)]
+extern "C" fn haxm_core_sleep() {
+    if let Some(devices) = devices() {
+        devices.core().sleep();
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn haxm_core_wake() {
+    if let Some(devices) = devices() {
+        devices.core().wake();
+    }
+}
+
 /// The machine restarts or halts.
 #[unsafe(no_mangle)]
 extern "C" fn haxm_core_reboot() {

@@ -352,6 +352,11 @@ impl Machine {
         self.0.state().cpus[cpu].msrs.insert(number, value);
     }
 
+    /// Changes the time-stamp counter of all processors from outside.
+    pub fn set_tsc(&self, value: u64) {
+        self.0.state().tsc = value;
+    }
+
     /// Changes a debug register of a processor from outside.
     pub fn set_dr(&self, cpu: usize, index: usize, value: u64) {
         self.0.state().cpus[cpu].dr[index] = value;

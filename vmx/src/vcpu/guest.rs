@@ -33,8 +33,10 @@ pub struct Guest<H: Host> {
     vcpus: AtomicU32,
     /// The processor that each vCPU's guest has, or [`NOWHERE`].
     positions: [AtomicUsize; MAX_VCPUS as usize],
-    /// What all vCPUs add to the time-stamp counter.
+    /// What all vCPUs add to the time-stamp counter, but for `tsc_lost`.
     tsc_offset: AtomicU64,
+    /// `Operation::tsc_lost` when a VMCS of this VM was last made active.
+    tsc_lost: AtomicU64,
     /// IA32_TSC_ADJUST of all vCPUs.
     tsc_adjust: AtomicU64,
     membership: Membership<H>,
@@ -54,13 +56,16 @@ impl<H: Host> Guest<H> {
         if caps.speculation.needs_small_code {
             memory.keep_code_small();
         }
+        let lost = platform.operation().tsc_lost();
+        let now = host.cpu().rdtsc().wrapping_add(lost);
         let guest = Shared::new(Self {
             memory,
             cpuid: Lock::new(LockClass::Vm, cpuid)?,
             cpuid_version: AtomicU32::new(0),
             vcpus: AtomicU32::new(0),
             positions: [const { AtomicUsize::new(NOWHERE) }; MAX_VCPUS as usize],
-            tsc_offset: AtomicU64::new(host.cpu().rdtsc().wrapping_neg()),
+            tsc_offset: AtomicU64::new(now.wrapping_neg()),
+            tsc_lost: AtomicU64::new(lost),
             tsc_adjust: AtomicU64::new(0),
             membership,
         })?;
@@ -131,12 +136,22 @@ impl<H: Host> Guest<H> {
 
     /// What the vCPUs add to the time-stamp counter, ticks modulo 2^64.
     pub fn tsc_offset(&self) -> u64 {
-        self.tsc_offset.load(Ordering::Relaxed)
+        let lost = self.tsc_lost.load(Ordering::Relaxed);
+        self.tsc_offset.load(Ordering::Relaxed).wrapping_add(lost)
     }
 
     /// Sets it for all vCPUs.
     pub fn set_tsc_offset(&self, offset: u64) {
-        self.tsc_offset.store(offset, Ordering::Relaxed);
+        let lost = self.tsc_lost.load(Ordering::Relaxed);
+        self.tsc_offset
+            .store(offset.wrapping_sub(lost), Ordering::Relaxed);
+    }
+
+    /// A VMCS of this VM is made active: for the first time, on another processor, or after the
+    /// machine slept. Each vCPU stores the same.
+    pub fn catch_up(&self) {
+        let lost = self.membership.platform().operation().tsc_lost();
+        self.tsc_lost.store(lost, Ordering::Relaxed);
     }
 
     /// IA32_TSC_ADJUST.

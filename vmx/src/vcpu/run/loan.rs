@@ -42,8 +42,9 @@ pub fn pass_through<H: Host>(page: &OwnedPage<H>, register: u32, write: bool) {
 impl<H: Host> Vcpu<H> {
     /// What follows from where the VMCS was before.
     #[cfg_attr(haxm_module, optimize(speed))]
-    fn taken_up(inner: &mut Inner<H>, loan: &Loan<'_, H>, current: &Current<'_, H>) {
+    fn taken_up(&self, inner: &mut Inner<H>, loan: &Loan<'_, H>, current: &Current<'_, H>) {
         if loan.is_fresh() {
+            self.guest().catch_up();
             inner.registers.general.how &= !how::LAUNCHED;
         }
         if loan.is_moved() {
@@ -83,7 +84,7 @@ impl<H: Host> Vcpu<H> {
         let loan = platform.operation().load_in_turn(turn, self.place)?;
         let loan = slot.insert(loan);
         let current = Current::new(platform.host(), loan.loaded());
-        Self::taken_up(inner, loan, &current);
+        self.taken_up(inner, loan, &current);
         Ok(loan.loaded())
     }
 
@@ -114,7 +115,7 @@ impl<H: Host> Vcpu<H> {
             match operation.load(&pinned, self.place) {
                 Ok(loan) => {
                     let current = Current::new(host, loan.loaded());
-                    Self::taken_up(inner, &loan, &current);
+                    self.taken_up(inner, &loan, &current);
                     inner.quiet = false;
                     inner.registers.settle_shadow(&current);
                     call(&current, inner);
