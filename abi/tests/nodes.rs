@@ -4,6 +4,7 @@ use haxm_abi::{Os, node};
 
 #[test]
 fn posix_names() {
+    assert_eq!((node::POSIX_PREFIX, node::SYSTEM), ("/dev/", "HAX"));
     for os in [Os::Linux, Os::Darwin, Os::NetBsd] {
         assert_eq!(node::vm(os, 0).as_str(), "hax_vm/vm00");
         assert_eq!(node::vm(os, 63).as_str(), "hax_vm/vm63");
@@ -18,6 +19,7 @@ fn windows_names() {
     assert_eq!(node::vcpu(Os::Windows, 10, 3).as_str(), "hax_vm10_vcpu03");
     assert_eq!(node::WINDOWS_USER_PREFIX, r"\\.\");
     assert_eq!(node::WINDOWS_DEVICE_PREFIX, r"\Device\");
+    assert_eq!(node::WINDOWS_LINK_PREFIX, r"\DosDevices\");
 }
 
 #[test]
