@@ -20,7 +20,7 @@ use testbed::client::Client;
 use testbed::folder::workspace_root;
 use testbed::{Flavour, Kernel, Outcome, Pc, WorkFolder, command, packages};
 
-use crate::module;
+use crate::{conformance, module};
 use read::{Figures, Measured};
 
 const HELP: &str = "usage: cargo xtask bench [OPTIONS] [FILTER]
@@ -289,7 +289,12 @@ fn stripped(module: &Path) -> Result<PathBuf> {
     let stripped = module.with_extension("bench.ko");
     let mut strip = Command::new("strip");
     strip
-        .args(["--strip-unneeded", "--remove-section=.BTF", "-o"])
+        .args([
+            "--strip-unneeded",
+            "--remove-section=.BTF",
+            "--remove-section=.note.gnu.build-id",
+            "-o",
+        ])
         .arg(&stripped)
         .arg(module);
     command::output(&mut strip)?;
@@ -310,7 +315,7 @@ pub(crate) fn build_client() -> Result<PathBuf> {
     packages::ensure_packages(&["libc6-dev", "gcc"])?;
     let target_dir = workspace_root().join("target/bench/build");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let flags = ["-C", "target-feature=+crt-static", "-C", "strip=symbols"];
+    let flags = conformance::program_flags();
     let status = Command::new(cargo)
         .current_dir(workspace_root())
         .args(["build", "--quiet", "--locked", "--release"])

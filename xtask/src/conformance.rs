@@ -1,6 +1,7 @@
 //! `cargo xtask conformance`: the driver's own tests on the emulated PC. The client is one static binary
 //! for the PC's bare initramfs; it opens `/dev/HAX` as any other program does.
 
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -31,6 +32,24 @@ const HUNG: Duration = Duration::from_secs(1800);
 /// The client runs on the emulated PC whatever the host is.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
+/// Flags for a program that runs on the emulated PC: all of it in one file, and the same bytes wherever it was built. Two
+/// boots with the same bytes do the same, instruction by instruction.
+pub(crate) fn program_flags() -> Vec<String> {
+    let mut flags: Vec<String> = ["-C", "target-feature=+crt-static", "-C", "strip=symbols"]
+        .map(str::to_owned)
+        .into();
+    // Panics name the file they are in.
+    let cargo = std::env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::home_dir().map(|home| home.join(".cargo")));
+    let registries = cargo.and_then(|cargo| fs::read_dir(cargo.join("registry/src")).ok());
+    for registry in registries.into_iter().flatten().flatten() {
+        let path = registry.path();
+        flags.push(format!("--remap-path-prefix={}=crates", path.display()));
+    }
+    flags
+}
+
 /// Builds the client in its own target folder and returns the path of the binary.
 ///
 /// # Errors
@@ -40,7 +59,7 @@ pub(crate) fn build() -> Result<PathBuf> {
     packages::ensure_packages(&["libc6-dev", "gcc"])?;
     let target_dir = workspace_root().join("target/conformance");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let flags = ["-C", "target-feature=+crt-static", "-C", "strip=symbols"];
+    let flags = program_flags();
     let status = Command::new(cargo)
         .current_dir(workspace_root())
         .args(["build", "--quiet", "--locked", "--release"])
@@ -64,7 +83,12 @@ pub(crate) fn stripped(module: &Path) -> Result<PathBuf> {
     let stripped = module.with_extension("stripped.ko");
     let mut strip = Command::new("strip");
     strip
-        .args(["--strip-unneeded", "-o"])
+        // The latter tells in which folder it was built.
+        .args([
+            "--strip-unneeded",
+            "--remove-section=.note.gnu.build-id",
+            "-o",
+        ])
         .arg(&stripped)
         .arg(module);
     testbed::command::output(&mut strip)?;

@@ -16,7 +16,7 @@ use crate::cpio::Initramfs;
 use crate::cpu;
 use crate::disk::{Boot, Geometry};
 use crate::firmware;
-use crate::folder::WorkFolder;
+use crate::folder::{WorkFolder, key_of_file, progress};
 use crate::guest::Pieces;
 use crate::kernel::{Flavour, Kernel};
 use crate::outcome::{self, Cause, Outcome};
@@ -275,7 +275,10 @@ impl Pc {
         let pieces = Pieces::ensure(&work)?;
         let kernel = Kernel::ensure(&work, self.flavour)?;
         let run = RunFolder::new(&work)?;
-        let geometry = self.write_disk(&run.path.join("disk.img"), &work, &pieces, &kernel)?;
+        let disk = run.path.join("disk.img");
+        let geometry = self.write_disk(&disk, &work, &pieces, &kernel)?;
+        // Of two runs that do not agree: whether they booted the same.
+        progress(&format!("a disk with key {}", key_of_file(&disk)?));
         let bios = firmware::with_feature_control(&fs::read(&bochs.bios)?, self.feature_control)?;
         fs::write(run.path.join("bios.rom"), bios)?;
         let config = self.config(&bochs, &pieces, geometry);
