@@ -23,6 +23,11 @@ impl Ram {
         Self::mapped(address, size, libc::MAP_FIXED_NOREPLACE)
     }
 
+    /// Zeroed memory in the lowest 2 GB, wherever there is room.
+    pub fn low(size: u64) -> Self {
+        Self::mapped(0, size, libc::MAP_32BIT)
+    }
+
     fn mapped(address: u64, size: u64, flags: i32) -> Self {
         let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let access = libc::PROT_READ | libc::PROT_WRITE;

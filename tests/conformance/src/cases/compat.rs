@@ -17,9 +17,6 @@ pub const CASES: &[Case] = &[
     case!(cpuid_table_at_a_32_bit_address),
 ];
 
-/// Where nothing of a static program is.
-const LOW: u64 = 0x3000_0000;
-
 /// Ends a case on a kernel that has no 32-bit programs.
 macro_rules! on_32_bits {
     () => {
@@ -32,10 +29,11 @@ macro_rules! on_32_bits {
 
 fn requests_of_each_device() -> Outcome {
     on_32_bits!();
-    let low = Ram::at(LOW, 0x1000);
+    let low = Ram::low(0x1000);
+    let at = low.address();
     let system = System::open()?;
     same!(
-        request(&system.0, number::HAX_IOCTL_VERSION, LOW),
+        request(&system.0, number::HAX_IOCTL_VERSION, at),
         Ok(0),
         "VERSION"
     );
@@ -47,7 +45,7 @@ fn requests_of_each_device() -> Outcome {
     same!(told, version, "version");
     low.fill(0, size_of::<CapabilityInfo>(), 0xff);
     same!(
-        request(&system.0, number::HAX_IOCTL_CAPABILITY, LOW),
+        request(&system.0, number::HAX_IOCTL_CAPABILITY, at),
         Ok(0),
         "CAPABILITY"
     );
@@ -58,7 +56,7 @@ fn requests_of_each_device() -> Outcome {
     low.write_u32(4, 4);
     let notify = number::HAX_VM_IOCTL_NOTIFY_QEMU_VERSION;
     same!(
-        request(&machine.vm.node, notify, LOW),
+        request(&machine.vm.node, notify, at),
         Ok(0),
         "NOTIFY_QEMU_VERSION"
     );
@@ -79,15 +77,15 @@ fn requests_of_each_device() -> Outcome {
         "exit status"
     );
     same!(
-        request(&vcpu.node, number::HAX_VCPU_GET_REGS, LOW),
+        request(&vcpu.node, number::HAX_VCPU_GET_REGS, at),
         Ok(0),
         "GET_REGS"
     );
     same!(low.u64(128), machine.regs()?.rip, "RIP");
     // Bad addresses and unknown requests are refused as to others.
-    let nowhere = request(&vcpu.node, number::HAX_VCPU_GET_REGS, LOW + 0xf00);
+    let nowhere = request(&vcpu.node, number::HAX_VCPU_GET_REGS, at + 0xf00);
     same!(nowhere, Err(Refused(libc::EFAULT)), "GET_REGS half outside");
-    let unknown = request(&vcpu.node, 0x5401, LOW);
+    let unknown = request(&vcpu.node, 0x5401, at);
     same!(unknown, Err(Refused(libc::ENOSYS)), "TCGETS");
     Ok(())
 }
@@ -95,11 +93,12 @@ fn requests_of_each_device() -> Outcome {
 /// VCPU_CREATE maps them into the process, where a 32-bit one can address them.
 fn shared_pages_are_within_reach() -> Outcome {
     on_32_bits!();
-    let low = Ram::at(LOW, 0x1000);
+    let low = Ram::low(0x1000);
+    let at = low.address();
     let vm = System::open()?.create_vm()?;
     low.write_u32(0, 0);
     same!(
-        request(&vm.node, number::HAX_VM_IOCTL_VCPU_CREATE, LOW),
+        request(&vm.node, number::HAX_VM_IOCTL_VCPU_CREATE, at),
         Ok(0),
         "VCPU_CREATE"
     );
@@ -111,7 +110,7 @@ fn shared_pages_are_within_reach() -> Outcome {
         "upper halves of the addresses"
     );
     same!(
-        request(&vcpu.node, number::HAX_VCPU_IOCTL_SETUP_TUNNEL, LOW),
+        request(&vcpu.node, number::HAX_VCPU_IOCTL_SETUP_TUNNEL, at),
         Ok(0),
         "SETUP_TUNNEL"
     );
@@ -128,20 +127,21 @@ fn cpuid_table_at_a_32_bit_address() -> Outcome {
     on_32_bits!();
     const TABLE: u64 = 0x100;
     const ENTRY: usize = size_of::<abi::CpuidEntry>();
-    let low = Ram::at(LOW, 0x2000);
+    let low = Ram::low(0x2000);
+    let at = low.address();
     let machine = Machine::new(Mode::Long, guest!(64: "hlt"))?;
     let (result, total, entries) = machine.vcpu.cpuid(64);
     same!((result, total), (Ok(()), 18), "GET_CPUID");
-    low.write_u32(0, (LOW + TABLE) as u32);
+    low.write_u32(0, (at + TABLE) as u32);
     // Not a part of the address.
     low.write_u32(4, 0xffff_ffff);
     low.write_u32(TABLE, 64);
     let node = &machine.vcpu.node;
-    same!(request(node, number::GET_CPUID_32, LOW), Ok(0), "GET_CPUID");
+    same!(request(node, number::GET_CPUID_32, at), Ok(0), "GET_CPUID");
     same!(low.u32(TABLE), 18, "entries");
     for (index, entry) in entries.iter().enumerate() {
-        let at = TABLE + 8 + (index * ENTRY) as u64;
-        let told = [0, 4, 12, 16, 20, 24].map(|field| low.u32(at + field));
+        let row = TABLE + 8 + (index * ENTRY) as u64;
+        let told = [0, 4, 12, 16, 20, 24].map(|field| low.u32(row + field));
         let known = [
             entry.function,
             entry.index,
@@ -152,7 +152,7 @@ fn cpuid_table_at_a_32_bit_address() -> Outcome {
         ];
         same!(told, known, "entry {index}");
     }
-    same!(request(node, number::SET_CPUID_32, LOW), Ok(0), "SET_CPUID");
+    same!(request(node, number::SET_CPUID_32, at), Ok(0), "SET_CPUID");
     same!(machine.vcpu.cpuid(64).2, entries, "table");
     Ok(())
 }
