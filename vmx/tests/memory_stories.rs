@@ -13,7 +13,7 @@ use haxm_vmx::Error;
 use haxm_vmx::arch::addr::{Gpa, Hva};
 use haxm_vmx::memory::{Access, AccessError, FaultOutcome, Reserve};
 use memory_host::access::{ALL, GB, INVALID, MB, ROM, STANDALONE, back, fault, frame_at, machine};
-use memory_host::{Allocator, PAGE};
+use memory_host::{Allocator, PAGE, after_spins};
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
@@ -300,6 +300,37 @@ fn an_invalidation_reaches_every_alias() {
 }
 
 /// The client changes the map while a fault is between its two looks at it.
+/// An invalidation goes on from slot to slot, by the client's addresses, and lets others in
+/// between. There a slot may become part of one that it has passed.
+#[test]
+fn an_invalidation_reaches_a_slot_that_joins_one_behind_it() {
+    let (host, space) = machine(ALL);
+    let space = Arc::new(space);
+    back(&host, GB, 4 * PAGE, 0x1000, 12);
+    space.add_ram_block(Hva(GB), 4 * PAGE).unwrap();
+    // Two pages with a hole between them, and 63 aliases before the second.
+    space.set_ram(0, PAGE, GB, 0).unwrap();
+    space.set_ram(2 * PAGE, PAGE, GB + 2 * PAGE, 0).unwrap();
+    for alias in 1..63 {
+        space.set_ram(alias * MB, PAGE, GB, 0).unwrap();
+    }
+    space.set_ram(63 * MB, PAGE, GB + PAGE, 0).unwrap();
+    assert_eq!(frame_at(&host, &space, 2 * PAGE), Some(0x1002));
+    let change = {
+        let space = space.clone();
+        move || space.set_ram(PAGE, PAGE, GB + PAGE, 0).unwrap()
+    };
+    // After the range is marked and the first 64 slots are through.
+    after_spins(2, change);
+    host.report(|listener| {
+        listener.begin(Hva(GB), Hva(GB + 4 * PAGE));
+        assert_eq!(space.statistics().slots, 64, "the hole was not filled");
+        let left = host.translate(space.eptp(), 2 * PAGE);
+        assert_eq!(left, None, "the guest still has the page");
+        listener.end(Hva(GB), Hva(GB + 4 * PAGE));
+    });
+}
+
 #[test]
 fn a_slot_that_changed_during_a_fault_is_not_mapped() {
     let (host, space) = machine(ALL);

@@ -162,7 +162,8 @@ impl<H: Host> Inner<H> {
         let mut grave = Graveyard::new();
         let mut core = self.core.lock();
         let left = core.slots.change(range.start, range.end, slot, spare);
-        let cleared = core.ept.clear(range.start, range.end, &mut grave);
+        let mut cleared = core.ept.clear(range.start, range.end, &mut grave);
+        cleared |= core.clear_passed(&left, &mut grave);
         let merges = core.merge(range, &mut grave);
         if cleared || merges != 0 {
             self.presence.advance();

@@ -5,7 +5,8 @@ use crate::arch::addr::Hva;
 use crate::host::{Aging, Host, Invalidate};
 
 use super::ept::Graveyard;
-use super::space::Inner;
+use super::slot::Leftover;
+use super::space::{Core, Inner};
 use super::tree::{Key, Span};
 
 /// Slots looked at per hold of the spin lock.
@@ -59,6 +60,23 @@ impl Invalidations {
     fn end(&mut self) {
         self.running = self.running.saturating_sub(1);
         self.advance();
+    }
+}
+
+impl<H: Host> Core<H> {
+    /// Clears what was mapped by slots that a change has made part of another, if that is being
+    /// invalidated. `take_away` goes by client address and lets changes in between: it may
+    /// have passed the slot that these are part of now, and not yet come to them.
+    pub(super) fn clear_passed(&mut self, left: &Leftover, grave: &mut Graveyard<H>) -> bool {
+        let mut cleared = false;
+        for node in left.merged.iter().flatten() {
+            let slot = &node.item;
+            let (start, end) = (slot.hva, slot.hva_of(slot.end));
+            if self.invalidations.running_in(start, end) {
+                cleared |= self.ept.clear(slot.start, slot.end, grave);
+            }
+        }
+        cleared
     }
 }
 

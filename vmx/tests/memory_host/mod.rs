@@ -26,7 +26,7 @@ use haxm_vmx::host::{Aging, CpuOffline, Host, HostPage, Invalidate, SharedPage};
 use cpu::NoCpu;
 use process::FakeProcess;
 #[allow(unused_imports, reason = "not every test file uses every part")]
-pub(crate) use watched::{Allocator, UNDER_SPIN, unwatched, with_failure};
+pub(crate) use watched::{Allocator, UNDER_SPIN, after_spins, unwatched, with_failure};
 use watched::{FakeLock, fails, undisturbed};
 
 pub(crate) const PAGE: u64 = 4096;

@@ -21,6 +21,26 @@ thread_local! {
     static UNWATCHED: Cell<bool> = const { Cell::new(false) };
     /// An allocation was failed.
     static FAILED: Cell<bool> = const { Cell::new(false) };
+    /// What happens after this thread has given back so many spin locks more.
+    static AFTER_SPINS: RefCell<Option<(u32, Box<dyn FnOnce()>)>> = const { RefCell::new(None) };
+}
+
+/// Once this thread has given back `spins` spin locks more, `call` happens, as if another
+/// thread had come between.
+#[allow(dead_code, reason = "not every test file uses every part")]
+pub(crate) fn after_spins(spins: u32, call: impl FnOnce() + 'static) {
+    AFTER_SPINS.set(Some((spins, Box::new(call))));
+}
+
+fn spin_given_back() {
+    let due = AFTER_SPINS.with_borrow_mut(|waiting| {
+        let (left, _) = waiting.as_mut()?;
+        *left -= 1;
+        if *left == 0 { waiting.take() } else { None }
+    });
+    if let Some((_, call)) = due {
+        call();
+    }
 }
 
 /// Allocations and frees under a spin lock: there must be none.
@@ -133,5 +153,8 @@ unsafe impl<const SPINS: bool> RawLock for FakeLock<SPINS> {
         SPINNING.set(SPINNING.get() - u32::from(SPINS));
         self.taken.store(false, Ordering::Release);
         HELD.with_borrow_mut(|held| assert_eq!(held.pop(), Some(self.class)));
+        if SPINS {
+            spin_given_back();
+        }
     }
 }
