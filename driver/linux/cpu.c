@@ -53,14 +53,20 @@ void haxm_os_irq_restore(size_t saved)
 	local_irq_restore(saved);
 }
 
+/* What is called by its address is C: a kernel built with CFI looks for the hash of its type. */
+static void haxm_call(void *call)
+{
+	haxm_core_call(call);
+}
+
 int haxm_os_run_on(u32 cpu, void *call)
 {
-	return smp_call_function_single(cpu, haxm_core_call, call, 1);
+	return smp_call_function_single(cpu, haxm_call, call, 1);
 }
 
 void haxm_os_run_on_all(void *call)
 {
-	on_each_cpu(haxm_core_call, call, 1);
+	on_each_cpu(haxm_call, call, 1);
 }
 
 /* Any interrupt makes a guest exit; this one the kernel sends itself anyway. */
@@ -260,9 +266,14 @@ static int haxm_suspend(void)
 	return 0;
 }
 
+static void haxm_resume(void)
+{
+	haxm_core_wake();
+}
+
 static struct syscore_ops haxm_sleep = {
 	.suspend = haxm_suspend,
-	.resume = haxm_core_wake,
+	.resume = haxm_resume,
 };
 
 #define haxm_sleep_register() register_syscore_ops(&haxm_sleep)

@@ -211,7 +211,8 @@ int haxm_os_user_fault_in(void *handle, u64 address, u32 write, u32 ahead,
 		return -EFAULT;
 	address &= PAGE_MASK;
 	found = haxm_written(user->mm, address, &level);
-	if (!found) {
+	/* A large page that is there is not copied, and so split, for being read. */
+	if (!found && (write || level == PAGE_SHIFT)) {
 		haxm_bring_in(user->mm, address, 1 + ahead);
 		found = haxm_written(user->mm, address, &level);
 	}

@@ -15,6 +15,14 @@
 #include <linux/hash.h>
 #include <linux/percpu-defs.h>
 #include <linux/types.h>
+#include <linux/version.h>
+
+#if !defined(CONFIG_X86_64)
+#error "haxm is for 64-bit kernels"
+#endif
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 1, 0)
+#error "haxm needs Linux 6.1 or later"
+#endif
 
 /* Node kinds, and the limits of the ABI that the minor numbers are made of. */
 #define HAXM_NODE_SYSTEM 0

@@ -89,12 +89,12 @@ void *haxm_os_spin_new(u32 class, const char *name)
 	return lock;
 }
 
-void haxm_os_spin_lock(void *lock)
+void haxm_os_spin_lock(void *lock) __acquires(lock)
 {
 	raw_spin_lock(lock);
 }
 
-void haxm_os_spin_unlock(void *lock)
+void haxm_os_spin_unlock(void *lock) __releases(lock)
 {
 	raw_spin_unlock(lock);
 }

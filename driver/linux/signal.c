@@ -52,12 +52,13 @@ static struct tracepoint *haxm_signals;
 
 /*
  * The receiver's sighand->siglock is held, so what it blocks stays the same, and
- * interrupts are off.
+ * interrupts are off. With PREEMPT_RT they are on, as that lock sleeps, and since 7.0
+ * tracepoints leave preemption on too; but no interrupt sends a signal there.
  */
 static void haxm_signal(void *data, int number, struct kernel_siginfo *info,
 			struct task_struct *task, int group, int result)
 {
-	struct haxm_guest *here = this_cpu_ptr(&haxm_guest);
+	struct haxm_guest *here;
 	unsigned int cpu;
 
 	if (group || !sigismember(&task->blocked, number))
@@ -68,12 +69,15 @@ static void haxm_signal(void *data, int number, struct kernel_siginfo *info,
 	cpu = task_cpu(task);
 	if (READ_ONCE(per_cpu(haxm_guest.task, cpu)) != (unsigned long)task)
 		return;
+	preempt_disable();
+	here = this_cpu_ptr(&haxm_guest);
 	if (here->task == ((unsigned long)current | HAXM_OUTSIDE) &&
 	    time_before_eq(jiffies, here->left + 1) &&
 	    here->owed < ARRAY_SIZE(here->cpus))
 		here->cpus[here->owed++] = cpu;
 	else
 		smp_send_reschedule(cpu);
+	preempt_enable();
 }
 
 static void haxm_look_for_signals(struct tracepoint *point, void *data)

@@ -19,7 +19,8 @@ use anyhow::{Context, Result, bail, ensure};
 use testbed::folder::workspace_root;
 use testbed::{Flavour, Kernel, WorkFolder, command, packages};
 
-const HELP: &str = "usage: cargo xtask module [--kernel 6.1|6.12|7|debug|DIR]... [--object]
+const HELP: &str =
+    "usage: cargo xtask module [--kernel 6.1|6.12|7|6.1-rt|7-rt|debug|DIR]... [--object]
 Builds target/module/KERNEL/haxm.ko. KERNEL is a series of the test machine (default 6.1), or the
 folder of a kernel's headers, such as /lib/modules/$(uname -r)/build; its module then goes to
 target/module/RELEASE.

@@ -32,6 +32,14 @@ impl Pattern {
     }
 }
 
+/// The setting of large pages; a kernel with PREEMPT_RT has none.
+pub const LARGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+
+/// Whether the kernel has large pages for ordinary memory.
+pub fn has_large_pages() -> bool {
+    std::path::Path::new(LARGE_PAGES).exists()
+}
+
 /// Memory of this process, not populated.
 pub struct Region {
     mapping: u64,
@@ -46,7 +54,10 @@ impl Region {
         let mut region = Self::mapped(size + LARGE, libc::MAP_NORESERVE)?;
         region.start = region.mapping.next_multiple_of(LARGE);
         region.size = size;
-        region.advise(0, size, libc::MADV_NOHUGEPAGE)?;
+        // A kernel without large pages does not know the advice.
+        if has_large_pages() {
+            region.advise(0, size, libc::MADV_NOHUGEPAGE)?;
+        }
         Ok(region)
     }
 

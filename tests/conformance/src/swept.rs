@@ -12,7 +12,7 @@ use crate::exit::Exit;
 use crate::guest;
 use crate::machine::Machine;
 use crate::modes::Mode;
-use crate::region::{Pattern, Region};
+use crate::region::{LARGE_PAGES, Pattern, Region, has_large_pages};
 
 /// Where the buffer is in the guest.
 pub const GPA: u64 = 0x1000_0000;
@@ -38,7 +38,12 @@ pub struct Swept {
 impl Swept {
     /// With all of `region` mapped at `gpa`.
     pub fn new(region: Region, gpa: u64) -> Result<Self> {
-        let machine = Machine::new(Mode::Long, sweep())?;
+        Self::with(sweep(), region, gpa)
+    }
+
+    /// The same with other code.
+    pub fn with(code: Code, region: Region, gpa: u64) -> Result<Self> {
+        let machine = Machine::new(Mode::Long, code)?;
         machine.vm.add_ramblock(region.address(), region.size())?;
         machine
             .vm
@@ -211,7 +216,11 @@ impl Drop for Setting {
     }
 }
 
-/// Machines with little memory have large pages switched off.
-pub fn large_pages() -> Result<Setting> {
-    Setting::new("/sys/kernel/mm/transparent_hugepage/enabled", "madvise")
+/// Machines with little memory have large pages switched off. `None` where the kernel has none.
+pub fn large_pages() -> Result<Option<Setting>> {
+    if !has_large_pages() {
+        println!("  the kernel has no large pages");
+        return Ok(None);
+    }
+    Setting::new(LARGE_PAGES, "madvise").map(Some)
 }

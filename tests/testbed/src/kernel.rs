@@ -30,6 +30,10 @@ pub enum Flavour {
     /// The newest Linux 7, cloud configuration, that Debian 13's backports have: what users of
     /// newer systems have, and what the module must build for next.
     Cloud7,
+    /// Linux 6.1 with PREEMPT_RT, of Debian 12.
+    Rt6_1,
+    /// As [`Flavour::Cloud7`], with PREEMPT_RT.
+    Rt7,
     /// Linux 6.1, built here with the kernel's checks of locks (lockdep), sleep, lists, objects and memory.
     Debug,
 }
@@ -40,6 +44,8 @@ impl Flavour {
         Flavour::Cloud6_1,
         Flavour::Cloud6_12,
         Flavour::Cloud7,
+        Flavour::Rt6_1,
+        Flavour::Rt7,
         Flavour::Debug,
     ];
 
@@ -50,8 +56,31 @@ impl Flavour {
             Flavour::Cloud6_1 => "6.1",
             Flavour::Cloud6_12 => "6.12",
             Flavour::Cloud7 => "7",
+            Flavour::Rt6_1 => "6.1-rt",
+            Flavour::Rt7 => "7-rt",
             Flavour::Debug => "debug",
         }
+    }
+
+    /// How the name of its package begins, after `linux-image-`, and how it ends.
+    fn package(self) -> (&'static str, &'static str) {
+        let (series, real_time) = match self.series().strip_suffix("-rt") {
+            Some(series) => (series, true),
+            None => (self.series(), false),
+        };
+        (
+            series,
+            if real_time {
+                "-rt-amd64"
+            } else {
+                "-cloud-amd64"
+            },
+        )
+    }
+
+    /// Whether it comes from a later release of Debian's than this machine's.
+    fn is_later(self) -> bool {
+        matches!(self, Flavour::Cloud7 | Flavour::Rt7)
     }
 
     /// Whether it watches itself, which takes memory and some times the instructions.
@@ -79,9 +108,9 @@ impl Flavour {
     /// There is none.
     pub fn from_series(series: &str) -> Result<Self> {
         let found = Self::ALL.iter().find(|f| f.series() == series);
-        found
-            .copied()
-            .with_context(|| format!("no kernel series '{series}' (6.1, 6.12, 7, debug)"))
+        found.copied().with_context(|| {
+            format!("no kernel series '{series}' (6.1, 6.12, 7, 6.1-rt, 7-rt, debug)")
+        })
     }
 }
 
@@ -128,14 +157,16 @@ impl Kernel {
                 return Self::open(&known, release.trim());
             }
         }
-        let archive = match flavour {
-            Flavour::Cloud7 => Archive::of(work, LATER, "amd64")?,
-            _ => Archive::machine(),
+        let archive = if flavour.is_later() {
+            Archive::of(work, LATER, "amd64")?
+        } else {
+            Archive::machine()
         };
-        let mut releases = install::candidates(&archive, flavour.series())?;
-        if releases.is_empty() && flavour != Flavour::Cloud7 {
+        let (series, suffix) = flavour.package();
+        let mut releases = install::candidates(&archive, series, suffix)?;
+        if releases.is_empty() && !flavour.is_later() {
             packages::refresh_lists()?;
-            releases = install::candidates(&archive, flavour.series())?;
+            releases = install::candidates(&archive, series, suffix)?;
         }
         let mut failure = None;
         // The lists may name a version that the mirror has no more: try the next ones too.

@@ -6,16 +6,18 @@ use abi::ram::RamFlags;
 use anyhow::{Result, ensure};
 
 use super::{Case, Outcome};
-use crate::exit::Exit;
+use crate::exit::{Exit, halt};
 use crate::guest;
 use crate::machine::Machine;
 use crate::modes::Mode;
+use crate::process::after_fork;
 use crate::region::{HUGE, LARGE, PAGE, Pattern, Region};
 use crate::swept::{BUFFER, Counters, GPA, Swept, counted, large_pages, pattern};
 
 pub const CASES: &[Case] = &[
     case!(small_leaves),
     case!(large_leaves),
+    case!(large_pages_stay_shared_while_they_are_read),
     case!(huge_leaf),
     case!(large_page_split_and_collapsed),
     case!(large_again_after_rom),
@@ -41,7 +43,9 @@ fn small_leaves() -> Outcome {
 
 /// Pages in 2 MB: no table below the directory, which serves a whole gigabyte: 0.01 % of it at most.
 fn large_leaves() -> Outcome {
-    let _setting = large_pages()?;
+    let Some(_setting) = large_pages()? else {
+        return Ok(());
+    };
     let attempt = || {
         let host = Swept::buffer()?;
         host.region.advise(0, BUFFER, libc::MADV_HUGEPAGE)?;
@@ -56,6 +60,31 @@ fn large_leaves() -> Outcome {
 /// The buffer in large leaves; small are those of the first two megabytes only, where pages are small.
 fn all_large(counters: &Counters) -> bool {
     counters.leaves[1] == BUFFER / LARGE && counters.leaves[0] <= 512
+}
+
+/// What a child shares since a fork may only be read. A guest that reads it does not have it copied, which would
+/// take the large pages apart.
+fn large_pages_stay_shared_while_they_are_read() -> Outcome {
+    borrowed_only!();
+    let Some(_setting) = large_pages()? else {
+        return Ok(());
+    };
+    counted(read_beside_a_child, all_large)
+}
+
+fn read_beside_a_child() -> Result<Counters> {
+    let read_all = guest!(64: "2: mov rax, [rdi]", "add rdi, 4096", "dec rcx", "jnz 2b", "hlt");
+    let host = Swept::with(read_all, Region::new(BUFFER)?, GPA)?;
+    host.region.advise(0, BUFFER, libc::MADV_HUGEPAGE)?;
+    host.region.fill(pattern(6));
+    let parent = || {
+        host.machine
+            .set(|state| (state.rdi, state.rcx) = (GPA, BUFFER / PAGE))?;
+        host.machine.expect(&[halt()])
+    };
+    let seen = after_fork(parent, || host.region.check(pattern(6)).is_ok().into())?;
+    same!(seen, 1, "what the child sees");
+    host.finish()
 }
 
 /// A page of 1 GB, where the host has one to give.
@@ -107,7 +136,9 @@ fn huge_leaf() -> Outcome {
 /// One page given back in the middle of large ones, and the hole closed again.
 fn large_page_split_and_collapsed() -> Outcome {
     borrowed_only!();
-    let _setting = large_pages()?;
+    let Some(_setting) = large_pages()? else {
+        return Ok(());
+    };
     counted(split_and_collapsed, |counters| {
         counters.leaves[1] == BUFFER / LARGE && counters.flushes >= BUFFER / LARGE
     })
@@ -148,7 +179,9 @@ fn split_and_collapsed() -> Result<Counters> {
 /// time, and gets the large ones again. (What is pinned in pieces by parted slots stays in pieces.)
 fn large_again_after_rom() -> Outcome {
     borrowed_only!();
-    let _setting = large_pages()?;
+    let Some(_setting) = large_pages()? else {
+        return Ok(());
+    };
     counted(rom_for_a_while, |counters| {
         counters.merges == BUFFER / LARGE && all_large(counters)
     })
@@ -184,7 +217,9 @@ fn rom_for_a_while() -> Result<Counters> {
 
 /// The same with protection, which takes the whole 2 MB away.
 fn large_again_after_protection() -> Outcome {
-    let _setting = large_pages()?;
+    let Some(_setting) = large_pages()? else {
+        return Ok(());
+    };
     let attempt = || {
         let host = Swept::buffer()?;
         host.region.advise(0, BUFFER, libc::MADV_HUGEPAGE)?;

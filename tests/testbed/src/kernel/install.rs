@@ -16,26 +16,24 @@ use crate::archive::Archive;
 use crate::folder::{WorkFolder, progress};
 use crate::{bzimage, packages};
 
-const SUFFIX: &str = "-cloud-amd64";
-
 /// The numbers of a version, for comparing.
 pub(crate) fn numbers(version: &str) -> Vec<u64> {
     let digits = version.split(|c: char| !c.is_ascii_digit());
     digits.filter_map(|d| d.parse().ok()).collect()
 }
 
-/// Releases of a series that have an image and headers, oldest first.
+/// Releases of a series that end so and have an image and headers, oldest first.
 ///
 /// # Errors
 /// The lists cannot be read.
-pub(super) fn candidates(archive: &Archive, series: &str) -> Result<Vec<String>> {
+pub(super) fn candidates(archive: &Archive, series: &str, suffix: &str) -> Result<Vec<String>> {
     let headers = archive.names(&format!("linux-headers-{series}."))?;
     let images = archive.names(&format!("linux-image-{series}."))?;
-    Ok(select(&headers, &images))
+    Ok(select(&headers, &images, suffix))
 }
 
 /// `release` of each linux-headers package that has an image, signed or not, oldest first.
-fn select(headers: &[String], images: &[String]) -> Vec<String> {
+fn select(headers: &[String], images: &[String], suffix: &str) -> Vec<String> {
     let images: BTreeSet<&str> = images
         .iter()
         .filter_map(|i| i.strip_prefix("linux-image-"))
@@ -44,7 +42,7 @@ fn select(headers: &[String], images: &[String]) -> Vec<String> {
     let mut found: Vec<String> = headers
         .iter()
         .filter_map(|h| h.strip_prefix("linux-headers-"))
-        .filter(|r| r.ends_with(SUFFIX) && images.contains(r))
+        .filter(|r| r.ends_with(suffix) && images.contains(r))
         .map(str::to_owned)
         .collect();
     found.sort_by_key(|r| numbers(r));
@@ -65,7 +63,8 @@ pub(super) fn install(work: &WorkFolder, archive: &Archive, release: &str) -> Re
         let more = archive.dependencies(&headers)?;
         let more = more.iter().filter(|d| {
             d.starts_with("linux-kbuild-")
-                || (d.starts_with("linux-headers-") && d.ends_with("-common"))
+                || (d.starts_with("linux-headers-")
+                    && (d.ends_with("-common") || d.ends_with("-common-rt")))
         });
         let mut wanted = vec![headers.clone()];
         wanted.extend(more.cloned());
@@ -264,7 +263,7 @@ mod tests {
             "linux-image-6.1.0-52-amd64",
             "linux-image-6.1.0-51-cloud-amd64-dbg",
         ]);
-        let found = select(&headers, &images);
+        let found = select(&headers, &images, "-cloud-amd64");
         assert_eq!(found, ["6.1.0-9-cloud-amd64", "6.1.0-50-cloud-amd64"]);
     }
 }
