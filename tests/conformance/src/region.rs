@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -37,7 +38,7 @@ pub const LARGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 
 /// Whether the kernel has large pages for ordinary memory.
 pub fn has_large_pages() -> bool {
-    std::path::Path::new(LARGE_PAGES).exists()
+    Path::new(LARGE_PAGES).exists()
 }
 
 /// Memory of this process, not populated.
@@ -67,11 +68,24 @@ impl Region {
     }
 
     fn mapped(length: u64, flags: i32) -> Result<Self> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags;
+        Self::map(length, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags, -1)
+    }
+
+    /// The start of a file, shared with it or copied from it.
+    pub fn of_file(file: &File, size: u64, shared: bool) -> Result<Self> {
+        let flags = if shared {
+            libc::MAP_SHARED
+        } else {
+            libc::MAP_PRIVATE
+        };
+        Self::map(size, flags, file.as_raw_fd())
+    }
+
+    fn map(length: u64, flags: i32, file: i32) -> Result<Self> {
         let access = libc::PROT_READ | libc::PROT_WRITE;
+        let place = std::ptr::null_mut();
         // SAFETY: a new mapping where the kernel likes.
-        let got =
-            unsafe { libc::mmap(std::ptr::null_mut(), length as usize, access, flags, -1, 0) };
+        let got = unsafe { libc::mmap(place, length as usize, access, flags, file, 0) };
         ensure!(
             got != libc::MAP_FAILED,
             "mmap: {}",
@@ -150,6 +164,19 @@ impl Region {
         Ok(())
     }
 
+    /// Fills the buffer from the start of a file.
+    pub fn read_from(&self, file: &File) -> Result<()> {
+        let to = self.start as *mut libc::c_void;
+        // SAFETY: inside our mapping, into which nobody holds a reference.
+        let got = unsafe { libc::pread(file.as_raw_fd(), to, self.size as usize, 0) };
+        ensure!(
+            got == self.size as isize,
+            "read {got}: {}",
+            io::Error::last_os_error()
+        );
+        Ok(())
+    }
+
     /// The kernel's word on each 4 KB page.
     pub fn pages(&self) -> Result<Vec<PageState>> {
         let file = File::open("/proc/self/pagemap").context("pagemap")?;
@@ -181,6 +208,11 @@ impl PageState {
         self.0 & (1 << 62) != 0
     }
 
+    /// Written since `/proc/self/clear_refs` was last written "4".
+    pub const fn is_soft_dirty(self) -> bool {
+        self.0 & (1 << 55) != 0
+    }
+
     /// The host's page frame, if it is in memory.
     pub const fn frame(self) -> Option<u64> {
         if self.0 & (1 << 63) == 0 {
@@ -188,6 +220,26 @@ impl PageState {
         }
         Some(self.0 & ((1 << 55) - 1))
     }
+}
+
+/// A file in memory, of zeros.
+pub fn memory_file(size: u64) -> Result<File> {
+    // SAFETY: a C string and no flags.
+    let file = unsafe { libc::memfd_create(c"guest".as_ptr(), 0) };
+    ensure!(file >= 0, "memfd_create: {}", io::Error::last_os_error());
+    // SAFETY: new, and nobody else has it.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(file) });
+    file.set_len(size)?;
+    Ok(file)
+}
+
+/// Makes a hole of a range of a file.
+pub fn punch(file: &File, offset: u64, length: u64) -> Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: the file is open.
+    let result = unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as i64, length as i64) };
+    ensure!(result == 0, "fallocate: {}", io::Error::last_os_error());
+    Ok(())
 }
 
 /// A swap area on a block device, in use until it is dropped.

@@ -22,8 +22,11 @@ thread_local! {
     /// An allocation was failed.
     static FAILED: Cell<bool> = const { Cell::new(false) };
     /// What happens after this thread has given back so many spin locks more.
-    static AFTER_SPINS: RefCell<Option<(u32, Box<dyn FnOnce()>)>> = const { RefCell::new(None) };
+    static AFTER_SPINS: RefCell<Option<Later>> = const { RefCell::new(None) };
 }
+
+/// What happens when the number has been counted down.
+type Later = (u32, Box<dyn FnOnce()>);
 
 /// Once this thread has given back `spins` spin locks more, `call` happens, as if another
 /// thread had come between.

@@ -49,6 +49,7 @@ mod irql;
 mod lifecycle;
 mod memory_changes;
 mod memory_crowd;
+mod memory_files;
 mod memory_leaves;
 mod memory_pressure;
 mod mmio;
@@ -233,6 +234,10 @@ pub const GROUPS: &[Group] = &[
     Group {
         name: "memory_crowd",
         cases: memory_crowd::CASES,
+    },
+    Group {
+        name: "memory_files",
+        cases: memory_files::CASES,
     },
     Group {
         name: "memory_leaves",
