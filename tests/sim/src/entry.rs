@@ -20,6 +20,9 @@ const RETURN: u64 = 0xffff_ffff_c010_2040;
 const HOST_RSP: u32 = 0x6c14;
 const HOST_RIP: u32 = 0x6c16;
 const RIP: u32 = 0x681e;
+const RFLAGS: u32 = 0x6820;
+/// Resume flag.
+const RF: u64 = 1 << 16;
 const INTERRUPTIBILITY: u32 = 0x4824;
 /// Entries in which nothing is done before the test is taken to hang.
 const IDLE_LIMIT: u64 = 20_000;
@@ -196,12 +199,22 @@ fn deliver(
 ) {
     let cr2 = state.cpus[cpu].cr2;
     let kind = u8::try_from(info >> 8 & 7).unwrap_or(0);
+    let vmcs = state.vmcss.entry(pointer).or_default();
+    // 27.6.1.1: an entry pushes RFLAGS as the field has them. A fault of the guest's own sets RF.
+    let fault = kind == 3 && !matches!(info & 0xff, 1 | 8 | 18);
+    let resume_flag = if injected {
+        vmcs.get(RFLAGS) & RF != 0
+    } else {
+        fault
+    };
+    vmcs.update(RFLAGS, |flags| flags & !RF);
     state.received.push(Received {
         vector: u8::try_from(info & 0xff).unwrap_or(0),
         kind,
         error_code: (info >> 11 & 1 != 0).then(|| u32::try_from(error_code).unwrap_or(0)),
         injected,
         cr2,
+        resume_flag,
     });
     let vmcs = state.vmcss.entry(pointer).or_default();
     vmcs.set(0x4826, 0);

@@ -85,6 +85,8 @@ pub struct Received {
     pub injected: bool,
     /// CR2 at delivery.
     pub cr2: u64,
+    /// RF in the RFLAGS that the frame got.
+    pub resume_flag: bool,
 }
 
 /// The limit of the host's task-state segment, with its I/O bitmap.

@@ -69,6 +69,62 @@ fn a_signal_comes_before_the_pdptes() {
     }
 }
 
+/// Meanwhile the client sees, and changes, what was before the instruction, which then starts over.
+#[test]
+fn registers_while_the_pdptes_are_waited_for() {
+    const TABLE: u64 = 0x8000;
+    const PAGING: u64 = 0x8000_0011;
+    const PAE: u64 = 1 << 5;
+    const WP: u64 = 1 << 16;
+    for (cr, value, changed_cr0) in [
+        (0, PAGING, 0x11),
+        (0, PAGING, PAGING | WP),
+        (4, PAE, PAGING),
+        (3, TABLE + 0x20, PAGING),
+    ] {
+        let client = Client::protected();
+        client.load(TABLE, &0x9001_u64.to_le_bytes());
+        client.load(TABLE + 0x20, &0xa001_u64.to_le_bytes());
+        client.change_regs(|state| {
+            state.cr3 = TABLE;
+            state.cr4 = if cr == 4 { 0 } else { PAE };
+            if cr != 0 {
+                state.cr0 = PAGING;
+            }
+        });
+        let before = client.regs();
+        let machine = client.machine.clone();
+        let mov = if cr == 3 {
+            Step::exits(28, 3, 3)
+        } else {
+            Step::mov_to_cr(cr, 0, value)
+        };
+        let status = client.run([
+            Step::set_gpr(0, value),
+            Step::act(move |_| machine.set_event_pending(true)),
+            mov,
+        ]);
+        assert_eq!(status, ExitStatus::Interrupt);
+        client.machine.set_event_pending(false);
+        let now = client.regs();
+        assert_eq!(
+            (now.cr0, now.cr3, now.cr4),
+            (before.cr0, before.cr3, before.cr4)
+        );
+        client.change_regs(|state| state.cr0 = changed_cr0);
+        assert_eq!(client.run([Step::output(1, 1, 1)]), ExitStatus::Io);
+        let now = client.regs();
+        let after = match cr {
+            0 => now.cr0,
+            3 => now.cr3,
+            _ => now.cr4,
+        };
+        assert_eq!(after, value, "CR{cr}");
+        assert_eq!(now.rip, before.rip + 3 + 1, "MOV and OUT");
+        client.finish();
+    }
+}
+
 /// A signal that comes after RUN was called and finds the thread outside of the guest, here
 /// while a page is mapped. One from before is the client's to see.
 #[test]

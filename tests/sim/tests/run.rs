@@ -484,6 +484,27 @@ fn extended_registers_are_switched_whole() {
     client.finish();
 }
 
+/// RF is set in the frame of a fault, whoever finds it: a handler that looks for breakpoints would
+/// meet one on the same instruction again. A trap's frame has it as it was.
+#[test]
+fn a_fault_sets_rf_in_its_frame() {
+    for (step, rf) in [
+        (Step::rdmsr(0x1234_5678), true),
+        (Step::exits(18, 0, 3), true),
+        (Step::exception(17, Some(0), 0), true),
+        (Step::exception(1, None, 0x4000), false),
+    ] {
+        let client = Client::protected();
+        client.run([step, Step::hlt()]);
+        let received = client.machine.take_received();
+        assert_eq!(received.len(), 1);
+        assert!(received[0].injected);
+        assert_eq!(received[0].resume_flag, rf, "vector {}", received[0].vector);
+        assert_eq!(client.regs().rflags >> 16 & 1, 0, "in the handler");
+        client.finish();
+    }
+}
+
 #[test]
 fn exceptions_that_exit_go_back_to_the_guest() {
     let client = Client::protected();

@@ -2,6 +2,7 @@
 //! software. The VMCS may keep it as long as nothing can tell: not when an event is injected, an
 //! interrupt window asked for, a debug exception possible, or a register read.
 
+use abi::debug::{DebugControl, VcpuDebug};
 use abi::tunnel::{ExitStatus, offset};
 use sim::Step;
 use sim::client::{CODE, Client};
@@ -10,7 +11,10 @@ use sim::client::{CODE, Client};
 const FIELD: u32 = 0x4824;
 const STI: u64 = 1;
 const MOV_SS: u64 = 2;
+const RFLAGS: u32 = 0x6820;
 const PENDING_DEBUG: u32 = 0x6822;
+/// DR6.BS: a single step.
+const BS: u64 = 1 << 14;
 /// Basic exit reason.
 const INTERRUPT_WINDOW: u16 = 7;
 const DEVICE: u64 = 0xd000_0000;
@@ -129,6 +133,55 @@ fn a_device_access_ends_it() {
             assert_eq!(client.run([]), ExitStatus::Interrupt);
             assert_eq!(vectors(&client), [0x42]);
         }
+    }
+}
+
+/// A single step of the guest's own over STI: the trap comes in the shadow, which no entry takes
+/// together with TF and no step pending. It goes in, or the client hears of it and goes on.
+#[test]
+fn a_step_over_sti() {
+    for to_client in [false, true] {
+        let client = guest(0x102);
+        if to_client {
+            let control = DebugControl::ENABLE | DebugControl::USE_HW_BP;
+            let debug = VcpuDebug {
+                control: control.bits(),
+                ..VcpuDebug::default()
+            };
+            client.vcpu.set_debug(&debug).expect("VCPU_DEBUG");
+        }
+        let sti = Step::act(|guest| {
+            guest.set_field(RFLAGS, guest.field(RFLAGS) | 0x200);
+            guest.set_field(PENDING_DEBUG, 0);
+        });
+        let status = client.run([sti, block(STI), Step::exception(1, None, BS), Step::hlt()]);
+        if to_client {
+            assert_eq!(status, ExitStatus::Debug);
+            // The simulated instruction traps once more.
+            assert_eq!(client.run([]), ExitStatus::Debug);
+        } else {
+            assert_eq!(status, ExitStatus::Hlt);
+            assert_eq!(vectors(&client), [1]);
+        }
+    }
+}
+
+/// A client that changes IF or TF in a shadow, and not RIP, leaves no shadow that the processor
+/// would refuse.
+#[test]
+fn a_client_changes_the_flags_in_it() {
+    for (blocking, before, after) in [(STI, 0x202, 2), (MOV_SS, 2, 0x102), (STI, 0x202, 0x302)] {
+        let client = guest(before);
+        assert_eq!(
+            client.run([block(blocking), Step::host_interrupt()]),
+            ExitStatus::Interrupt
+        );
+        client.change_regs(|_| {});
+        assert_eq!(client.regs().interruptibility_state.raw, blocking as u32);
+        client.change_regs(|state| state.rflags = after);
+        assert_eq!(client.regs().interruptibility_state.raw, 0);
+        assert_eq!(client.run([Step::hlt()]), ExitStatus::Hlt);
+        client.finish();
     }
 }
 

@@ -222,13 +222,17 @@ impl<H: Host> Inner<H> {
     fn abandon(&mut self, current: &Current<'_, H>) {
         self.emulation.abandon();
         self.pending_in = None;
-        self.unfinished = None;
         self.events.clear();
+        self.end_blocking(current);
+        current.put(field::GUEST_ACTIVITY, 0);
+    }
+
+    /// Ends the shadow of STI or MOV SS, and what it holds back.
+    fn end_blocking(&mut self, current: &Current<'_, H>) {
         let shadows = Interruptibility::STI | Interruptibility::MOV_SS;
         let blocking = current.get(field::GUEST_INTERRUPTIBILITY);
         current.put(field::GUEST_INTERRUPTIBILITY, blocking & !shadows.bits());
         current.put(field::GUEST_PENDING_DEBUG, 0);
-        current.put(field::GUEST_ACTIVITY, 0);
     }
 }
 

@@ -26,6 +26,7 @@ pub const CASES: &[Case] = &[
     case!(set_regs_leaves_debug_registers_while_debugging in LONG),
     case!(breakpoints_end_with_the_next_request in SIZES),
     case!(guest_trap_flag in ALL),
+    case!(guest_trap_flag_over_sti in ALL),
     case!(guest_breakpoint_register in SIZES),
     case!(breakpoint_set_by_the_guest in SIZES),
     case!(guest_watchpoint in SIZES),
@@ -353,6 +354,25 @@ fn guest_trap_flag(mode: Mode) -> Outcome {
     let state = machine.regs()?;
     same!(state.dr6 & BS, BS, "DR6.BS");
     same!(state.rflags & 0x100, 0, "TF in the handler");
+    Ok(())
+}
+
+/// The trap behind STI comes in its shadow; the guest's handler gets it, or the client, and both go on.
+fn guest_trap_flag_over_sti(mode: Mode) -> Outcome {
+    let code = || guest!("sti", "nop", "nop", "hlt");
+    let machine = Machine::new(mode, code())?;
+    machine.set(|state| state.rflags |= 0x100)?;
+    machine.expect(&[fault(1)])?;
+    same!(
+        machine.frame_rip(false)?,
+        mode.entry() + 1,
+        "RIP in the frame"
+    );
+    let machine = Machine::new(mode, code())?;
+    machine.set(|state| state.rflags |= 0x100)?;
+    machine.vcpu.set_debug(ENABLE | HARDWARE, [0; 8])?;
+    let seen = steps(&machine)?;
+    same!(seen.get(..3), Some(&[1, 2, 3][..]), "RIPs");
     Ok(())
 }
 

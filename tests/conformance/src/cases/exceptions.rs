@@ -43,6 +43,7 @@ pub const CASES: &[Case] = &[
     case!(triple_fault in PROTECTED),
     case!(triple_fault_is_sticky in LONG),
     case!(exception_after_an_exit in SIZES),
+    case!(faults_set_rf in WIDE),
     case!(icebp in SIZES),
 ];
 
@@ -161,6 +162,36 @@ fn getsec(mode: Mode) -> Outcome {
 
 fn rsm(mode: Mode) -> Outcome {
     undefined_each(mode, &[guest!("rsm")])
+}
+
+/// So that a breakpoint on the instruction is not met again: by the processor's faults, and by
+/// those that an exit became.
+fn faults_set_rf(mode: Mode) -> Outcome {
+    const RF: u64 = 1 << 16;
+    for (code, wanted) in [
+        (guest!("out 0x80, al", "ud2"), fault(6)),
+        (guest!("out 0x80, al", "vmcall"), fault(6)),
+        (
+            guest!("out 0x80, al", "mov ecx, 0x12345", "rdmsr"),
+            fault_code(13, 0),
+        ),
+    ] {
+        let machine = Machine::new(mode, code)?;
+        machine.expect(&[out(0x80, 1, 0)])?;
+        let start = machine.regs()?;
+        let has_error = matches!(wanted.exit, Exit::Exception { error: Some(_), .. });
+        // The first time brings in the pages of table and stack, and Bochs sets RF for that.
+        machine.expect(std::slice::from_ref(&wanted))?;
+        machine.set(|state| {
+            *state = start;
+            state.rflags = 2;
+        })?;
+        machine.expect(std::slice::from_ref(&wanted))?;
+        let frame = machine.stack(2 + u64::from(has_error))?;
+        same!(frame & RF, RF, "RF in the frame");
+        same!(machine.regs()?.rflags & RF, 0, "RF in the handler");
+    }
+    Ok(())
 }
 
 fn rdmsr_unknown(mode: Mode) -> Outcome {

@@ -14,7 +14,7 @@ use abi::vcpu_state::SegmentDesc;
 
 use super::Delivery;
 use crate::Error;
-use crate::arch::event::{EventKind, Exception, vector};
+use crate::arch::event::{Exception, vector};
 use crate::arch::field;
 use crate::arch::reg::{Cr0, Efer, Rflags, gpr};
 use crate::arch::segment::AccessRights;
@@ -51,12 +51,9 @@ struct Handler {
     cs: SegmentDesc,
 }
 
-/// RFLAGS as the frame gets it. RF is set by faults: SDM 18.3.1.1
-/// "Instruction-Breakpoint Exception Condition".
+/// RFLAGS as the frame gets it.
 fn pushed_flags(rflags: u64, delivery: Delivery) -> u64 {
-    let fault = delivery.kind == EventKind::Exception
-        && !matches!(delivery.vector, vector::DB | vector::DF | vector::MC);
-    if fault {
+    if delivery.is_fault() {
         rflags | Rflags::RF.bits()
     } else {
         rflags
@@ -238,6 +235,7 @@ impl<H: Host> Vcpu<H> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arch::event::EventKind;
 
     #[test]
     fn faults_set_rf_and_nothing_else_does() {

@@ -76,6 +76,13 @@ pub struct Delivery {
 }
 
 impl Delivery {
+    /// A fault: the RFLAGS that its frame gets have RF set (SDM 18.3.1.1
+    /// "Instruction-Breakpoint Exception Condition").
+    pub fn is_fault(self) -> bool {
+        self.kind == EventKind::Exception
+            && !matches!(self.vector, vector::DB | vector::DF | vector::MC)
+    }
+
     /// It is no instruction's: SDM 6.13 "Error Code", EXT.
     pub fn is_external(self) -> bool {
         !matches!(

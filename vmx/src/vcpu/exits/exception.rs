@@ -35,6 +35,13 @@ pub fn handle<H: Host>(
                 // exit left RIP on it (SDM 28.3.3 "Saving RIP, RSP, RFLAGS,
                 // and SSP").
                 advance(inner, current);
+            } else {
+                // The trap behind an STI comes in its shadow, and the exit saves the one
+                // without the other: with TF set no entry takes that state (SDM 27.3.1.5
+                // "Checks on Guest Non-Register State", BS of the pending debug
+                // exceptions). The shadow ends here, as delivery would end it.
+                inner.registers.end_shadow();
+                inner.registers.settle_shadow(current);
             }
             debug_exception(vcpu, inner, current)
         }

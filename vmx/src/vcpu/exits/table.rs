@@ -21,8 +21,8 @@ pub enum Answer {
     Fails,
     /// Cannot happen: the control that allows it is 0.
     Off(Control),
-    /// Cannot happen: SMM's dual-monitor treatment, TDX, or an activity state
-    /// that no guest is in.
+    /// Cannot happen: SMM's dual-monitor treatment, or an activity state that no
+    /// guest is in.
     Outside,
     /// The manual gives the number to nothing.
     Unused,
@@ -86,15 +86,16 @@ impl Answer {
             | ExitReason::MWAIT
             | ExitReason::MONITOR
             | ExitReason::INVEPT
-            | ExitReason::INVVPID => Self::Undefined,
+            | ExitReason::INVVPID
+            // No control keeps these from exiting where the processor has them.
+            | ExitReason::SEAMCALL
+            | ExitReason::TDCALL => Self::Undefined,
             ExitReason::INVALID_GUEST_STATE
             | ExitReason::MSR_LOADING
             | ExitReason::ENTRY_MACHINE_CHECK => Self::Fails,
             ExitReason::SIPI
             | ExitReason::IO_SMI
-            | ExitReason::OTHER_SMI
-            | ExitReason::SEAMCALL
-            | ExitReason::TDCALL => Self::Outside,
+            | ExitReason::OTHER_SMI => Self::Outside,
             ExitReason::INVLPG | ExitReason::INVPCID => {
                 Self::Off(Control::Primary(Primary::INVLPG_EXITING))
             }

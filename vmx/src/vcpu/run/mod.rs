@@ -15,6 +15,7 @@ use core::sync::atomic::Ordering;
 use abi::tunnel::{EXIT_REASON_PAUSE, ExitStatus, TunnelPageFault, USER_EVENT_PENDING};
 use zerocopy::IntoBytes;
 
+use super::events::Delivery;
 use super::exits::decode::Exit;
 use super::exits::{self, Next, Work};
 use super::guest::NOWHERE;
@@ -346,6 +347,13 @@ impl<H: Host> Vcpu<H> {
         let asked = self.channel.window() != 0;
         let injected = inner.events.is_waiting() && {
             let protected = inner.modes.cr0(current) & Cr0::PE.bits() != 0;
+            if inner.events.delivery().is_some_and(Delivery::is_fault) {
+                // The entry pushes RFLAGS as they are (SDM 27.6.1.1 "Details of
+                // Vectored-Event Injection"), and an exit that an instruction causes
+                // saves RF as 0 (28.3.3 "Saving RIP, RSP, RFLAGS, and SSP").
+                let flags = inner.registers.rflags(current);
+                inner.registers.set_rflags(flags | Rflags::RF.bits());
+            }
             inner.events.inject(current, protected)
         };
         let tpr = inner.priority.get();

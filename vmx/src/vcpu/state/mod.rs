@@ -15,7 +15,7 @@ use abi::vcpu_state::{SegmentDesc, VcpuState};
 use super::Inner;
 use super::vmcs::Current;
 use crate::arch::field::{self, Field, Natural};
-use crate::arch::reg::{self, Interruptibility};
+use crate::arch::reg::{self, Interruptibility, Rflags};
 use crate::arch::segment::AccessRights;
 use crate::host::Host;
 
@@ -172,6 +172,10 @@ pub fn power_up() -> VcpuState {
 /// ignores (efer, sysenter, activity state, interruptibility, pde).
 pub fn set<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, state: &VcpuState) {
     let before = inner.registers.rip(current);
+    let flags = inner.registers.rflags(current);
+    // CR0, CR3 and CR4 are all written below: an instruction that waits with one of them
+    // starts over.
+    inner.unfinished = None;
     for (number, value) in (0u8..).zip(state.regs()) {
         inner.registers.set(number, value);
     }
@@ -204,6 +208,10 @@ pub fn set<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>, state: &Vcpu
     if state.rip != before {
         // Another instruction: what was under way is not continued.
         inner.abandon(current);
+    } else if (flags ^ state.rflags) & (Rflags::IF | Rflags::TF).bits() != 0 {
+        // A shadow goes with certain values of both: SDM 27.3.1.5 "Checks on Guest
+        // Non-Register State".
+        inner.end_blocking(current);
     }
     inner.pdptes_stale = true;
     inner.flush_linear = true;
@@ -232,6 +240,14 @@ pub fn get<H: Host>(inner: &mut Inner<H>, current: &Current<'_, H>) -> VcpuState
     state.cr2 = inner.cr2;
     state.cr3 = current.get(field::GUEST_CR3);
     state.cr4 = inner.modes.cr4(current);
+    if let Some(waits) = &inner.unfinished {
+        // RIP is on the instruction, which has not happened yet.
+        match waits.cr {
+            0 => state.cr0 = waits.old,
+            3 => state.cr3 = waits.old,
+            _ => state.cr4 = waits.old,
+        }
+    }
     let dr = inner.debug.guest_breakpoints();
     [state.dr0, state.dr1, state.dr2, state.dr3] = dr;
     state.dr6 = inner.debug.guest_dr6();
