@@ -4,10 +4,11 @@
 //! name that ends in the log and decides what user space is told.
 
 mod counters;
+mod errata;
 mod speculation;
 
 pub use counters::{Counters, MAX_COUNTERS};
-pub use speculation::Speculation;
+pub use speculation::{Speculation, Weakest};
 
 use crate::arch::control::{Entry, Exit, Pin, Primary, Secondary};
 use crate::arch::ept::EptVpidCaps;
@@ -149,12 +150,14 @@ pub struct Caps {
     pub cr0_fixed1: u64,
     /// CR4 bits that must be 1 in VMX operation.
     pub cr4_fixed0: u64,
-    /// CR4 bits that may be 1 in VMX operation.
+    /// CR4 bits that may be 1 in VMX operation, and that a guest can use.
     pub cr4_fixed1: u64,
     /// What the processor gives away, and how that is held back.
     pub speculation: Speculation,
     /// Performance counters for guests.
     pub counters: Counters,
+    /// The host may have PEBS records written.
+    pub has_pebs: bool,
     /// XSAVES and XRSTORS work in a guest, whose IA32_XSS is 0 like the host's.
     pub has_xsaves: bool,
     /// The host may have made split locks fault.
@@ -390,8 +393,13 @@ pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
     let entry_caps = word(msr::IA32_VMX_ENTRY_CTLS, msr::IA32_VMX_TRUE_ENTRY_CTLS);
     let entry = settle(&ENTRY, entry_caps)?;
     let switches_counters = has_ept
+        && errata::switches_counters(cpu)
         && exit_caps.allowed() & Exit::LOAD_PERF_GLOBAL_CTRL.bits() != 0
         && entry_caps.allowed() & Entry::LOAD_PERF_GLOBAL_CTRL.bits() != 0;
+    let mut cr4_fixed1 = read(msr::IA32_VMX_CR4_FIXED1);
+    if !errata::has_pcids(cpu) {
+        cr4_fixed1 &= !Cr4::PCIDE.bits();
+    }
     let physical_bits = if extended >= 0x8000_0008 {
         (cpu.cpuid(0x8000_0008, 0).eax & 0xff) as u8
     } else {
@@ -409,9 +417,10 @@ pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
         cr0_fixed0: read(msr::IA32_VMX_CR0_FIXED0),
         cr0_fixed1: read(msr::IA32_VMX_CR0_FIXED1),
         cr4_fixed0: read(msr::IA32_VMX_CR4_FIXED0),
-        cr4_fixed1: read(msr::IA32_VMX_CR4_FIXED1),
+        cr4_fixed1,
         speculation: Speculation::examine(cpu),
         counters: Counters::examine(cpu, switches_counters),
+        has_pebs: counters::has_pebs(cpu),
         has_xsaves,
         has_split_lock_disable: has_split_lock_disable(cpu),
         physical_bits,
@@ -421,11 +430,7 @@ pub fn examine(cpu: &impl Cpu) -> Result<Caps, Refusal> {
 /// SDM 9.1.2.3 "Features to Disable Bus Locks". Ice Lake's have it without saying so (SDM
 /// vol. 4, the tables of 06_6AH, 06_6CH and 06_7EH).
 fn has_split_lock_disable(cpu: &impl Cpu) -> bool {
-    // SDM vol. 2, CPUID leaf 1: extended model, model, family; no stepping.
-    if matches!(
-        cpu.cpuid(1, 0).eax & 0x0fff_3ff0,
-        0x6_06a0 | 0x6_06c0 | 0x7_06e0
-    ) {
+    if matches!(errata::model(cpu), 0x6_06a0 | 0x6_06c0 | 0x7_06e0) {
         return true;
     }
     let has_capabilities = cpu.cpuid(0, 0).eax >= 7 && cpu.cpuid(7, 0).edx & (1 << 30) != 0;

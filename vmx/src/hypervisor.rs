@@ -78,22 +78,26 @@ impl<H: Host> Hypervisor<H> {
     /// The capabilities of this processor, if every other one has them too.
     fn examine_all(host: &H) -> Result<caps::Caps, Refusal> {
         let mut caps = caps::examine(host.cpu())?;
-        caps.speculation.settle(host.mitigations());
         // The others answer from an interrupt, where no lock may be taken.
         let (any, for_good, nx) = (
             AtomicBool::new(false),
             AtomicBool::new(false),
             AtomicBool::new(false),
         );
-        let counters = AtomicBool::new(caps.counters != caps::Counters::default());
+        let weakest = caps::Weakest::of(&caps.speculation);
+        let lends = caps.counters != caps::Counters::default();
+        let counters = AtomicBool::new(lends);
         host.run_on_all(&|| {
             if counters.load(Ordering::SeqCst) && !caps.counters.are_real(host.cpu()) {
                 counters.store(false, Ordering::SeqCst);
             }
-            if let Err(why) = caps::examine(host.cpu()) {
-                any.store(true, Ordering::SeqCst);
-                for_good.fetch_or(why.is_unsupported(), Ordering::SeqCst);
-                nx.fetch_or(why.is_nx(), Ordering::SeqCst);
+            match caps::examine(host.cpu()) {
+                Ok(other) => weakest.add(&other.speculation),
+                Err(why) => {
+                    any.store(true, Ordering::SeqCst);
+                    for_good.fetch_or(why.is_unsupported(), Ordering::SeqCst);
+                    nx.fetch_or(why.is_nx(), Ordering::SeqCst);
+                }
             }
         });
         if any.into_inner() {
@@ -102,8 +106,12 @@ impl<H: Host> Hypervisor<H> {
                 nx: nx.into_inner(),
             });
         }
-        if !counters.into_inner() {
+        weakest.apply(&mut caps.speculation);
+        caps.speculation.settle(host.mitigations());
+        if lends && !counters.into_inner() {
+            // Nor does what is not there overflow.
             caps.counters = caps::Counters::default();
+            caps.has_pebs = false;
         }
         Ok(caps)
     }

@@ -123,6 +123,9 @@ impl Processor {
         if number == msr::IA32_PRED_CMD {
             self.predictor.forget();
         }
+        if number == msr::IA32_SPEC_CTRL {
+            self.predictor.write_ibrs();
+        }
         true
     }
 }
@@ -383,7 +386,13 @@ impl Cpu for SimCpu {
             if state.cpus[cpu].cr4 & CR4_FRED != 0 {
                 state.finding("INT 2 with CR4.FRED: the host takes it for a software interrupt");
             }
-            // Its handler takes every counter for the host's.
+            // Its handler takes every counter for the host's, and PEBS to be as the host left it.
+            let [left, now] = state.cpus[cpu].pebs();
+            if left != now {
+                state.finding(format!(
+                    "the host's NMI handler finds PEBS {now:#x} instead of {left:#x}"
+                ));
+            }
             if let Some(n) = state.cpus[cpu].lent_counter() {
                 state.finding(format!(
                     "the host's NMI handler meets a guest's counter {n}"
@@ -482,6 +491,9 @@ impl Cpu for SimCpu {
             regs.spec_ctrl = unsafe { self.rdmsr(msr::IA32_SPEC_CTRL) };
             // SAFETY: the host's own value.
             unsafe { self.wrmsr(msr::IA32_SPEC_CTRL, regs.host_spec_ctrl) };
+        }
+        if self.inner.wanted() != vmx::host::Mitigations::Off {
+            self.inner.state().rely_on_ibrs(cpu);
         }
         result
     }

@@ -58,6 +58,7 @@ pub(crate) fn enter(
         }
         let exit = run(inner, cpu, vmcs, regs, injected);
         finish(inner, cpu, vmcs, &exit);
+        inner.state().leave_ibrs(cpu);
     }
     Ok(())
 }
@@ -101,6 +102,11 @@ fn begin(
         }
     }
     check_way_back(state, pointer);
+    let processor = &state.cpus[cpu];
+    let on = |register| processor.msrs.get(&register).copied().unwrap_or(0);
+    if on(msr::IA32_PEBS_ENABLE) != 0 {
+        state.finding("the host's PEBS records go to the guest's addresses");
+    }
     load_guest(state, cpu, pointer);
     if std::mem::take(&mut state.check_at_entry) {
         // 27.9 "Machine-Check Events During VM Entry".

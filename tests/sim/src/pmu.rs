@@ -7,8 +7,8 @@
 //! other is lent to a guest. Neither may count for the other one.
 
 use vmx::arch::msr::{
-    IA32_A_PMC0, IA32_PERF_CAPABILITIES, IA32_PERF_GLOBAL_CTRL, IA32_PERF_GLOBAL_STATUS,
-    IA32_PERFEVTSEL0, IA32_PMC0,
+    IA32_A_PMC0, IA32_PEBS_ENABLE, IA32_PERF_CAPABILITIES, IA32_PERF_GLOBAL_CTRL,
+    IA32_PERF_GLOBAL_STATUS, IA32_PERFEVTSEL0, IA32_PMC0,
 };
 
 use crate::state::Processor;
@@ -28,6 +28,7 @@ pub(crate) const GLOBAL_BITS: u64 = 0x7_0000_000f;
 /// The counters as the host has them.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Watch {
+    pebs: u64,
     selectors: [u64; COUNTERS as usize],
     counts: [u64; COUNTERS as usize],
 }
@@ -47,10 +48,16 @@ impl Processor {
 
     /// The host's thread takes the processor.
     pub(crate) fn watch_counters(&mut self) {
+        self.watch.pebs = self.value(IA32_PEBS_ENABLE);
         for n in 0..COUNTERS {
             self.watch.selectors[n as usize] = self.value(IA32_PERFEVTSEL0 + n);
             self.watch.counts[n as usize] = self.value(IA32_PMC0 + n);
         }
+    }
+
+    /// IA32_PEBS_ENABLE as the host's thread left it, and now.
+    pub(crate) fn pebs(&self) -> [u64; 2] {
+        [self.watch.pebs, self.value(IA32_PEBS_ENABLE)]
     }
 
     fn is_hosts(&self, n: u32) -> bool {

@@ -10,6 +10,8 @@ use crate::state::State;
 pub(crate) struct Predictor {
     /// The VMCS of the last guest that ran since it forgot; 0 if that is gone.
     trained_by: Option<u64>,
+    /// IA32_SPEC_CTRL.IBRS was 1 before the exit, and has not been written since.
+    stale_ibrs: bool,
     /// Threads that had the processor, one after the other.
     pub(crate) turns: u64,
     /// The last of them.
@@ -21,9 +23,32 @@ impl Predictor {
     pub(crate) fn forget(&mut self) {
         self.trained_by = None;
     }
+
+    /// IA32_SPEC_CTRL is written.
+    pub(crate) fn write_ibrs(&mut self) {
+        self.stale_ibrs = false;
+    }
 }
 
 impl State {
+    /// A guest has left the processor. Without IA32_ARCH_CAPABILITIES.IBRS_ALL, IBRS counts only if it
+    /// is written after that.
+    pub(crate) fn leave_ibrs(&mut self, cpu: usize) {
+        let processor = &mut self.cpus[cpu];
+        let value = |number| processor.msrs.get(&number).copied().unwrap_or(0);
+        let needs_writes = value(msr::IA32_ARCH_CAPABILITIES) >> 1 & 1 == 0;
+        processor.predictor.stale_ibrs = needs_writes && value(msr::IA32_SPEC_CTRL) & 1 != 0;
+    }
+
+    /// The world switch is over: the host goes on as if IBRS held.
+    pub(crate) fn rely_on_ibrs(&mut self, cpu: usize) {
+        if self.cpus[cpu].predictor.stale_ibrs {
+            self.finding(format!(
+                "IBRS was not written after the exit on processor {cpu}"
+            ));
+        }
+    }
+
     /// The guest of this VMCS runs on a processor, and must not be steered by what
     /// another one left there.
     pub(crate) fn train(&mut self, cpu: usize, vmcs: u64) {

@@ -5,7 +5,8 @@ use abi::tunnel::ExitStatus;
 use sim::client::Client;
 use sim::fault::{self, FaultyAllocator};
 use sim::{Machine, Profile, Step};
-use vmx::caps::Refusal;
+use vmx::caps::{Refusal, examine};
+use vmx::host::Host;
 use vmx::{Error, Hypervisor, StartError, Vm};
 
 #[global_allocator]
@@ -365,4 +366,23 @@ fn a_guest_that_touches_memory_when_there_is_none() {
             break;
         }
     }
+}
+
+/// Models whose errata are known do not offer a guest what they do wrong.
+#[test]
+fn errata() {
+    const PCIDE: u64 = 1 << 17;
+    let caps = |model, host_cr4| {
+        let mut profile = Profile::haswell();
+        profile.cpuid.get_mut(&(1, 0)).unwrap().eax = model;
+        profile.host_cr4 = profile.host_cr4 & !PCIDE | host_cr4;
+        examine(Machine::new(profile, 1).host().cpu()).expect("a usable processor")
+    };
+    // Alder Lake without and with the microcode that mends it, as its host sees it.
+    assert_eq!(caps(0x9_06a3, 0).cr4_fixed1 & PCIDE, 0);
+    assert_eq!(caps(0x9_06a3, PCIDE).cr4_fixed1 & PCIDE, PCIDE);
+    assert_eq!(caps(0x5_0654, 0).cr4_fixed1 & PCIDE, PCIDE);
+    // Nehalem's switch of the counters.
+    assert_eq!(caps(0x1_06a5, 0).counters.leaf.eax, 0);
+    assert_ne!(caps(0x2_06a7, 0).counters.leaf.eax, 0);
 }

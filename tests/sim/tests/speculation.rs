@@ -42,8 +42,11 @@ fn with_feature(bit: u32, capabilities: Option<u64>) -> Profile {
 const RDCL_NO: u64 = 1;
 const IBRS_ALL: u64 = 2;
 const MDS_NO: u64 = 1 << 5;
+const TAA_NO: u64 = 1 << 8;
+/// SBDR_SSDP_NO, FBSDP_NO, PSDP_NO.
+const MMIO_NO: u64 = 7 << 13;
 const PBRSB_NO: u64 = 1 << 24;
-const ALL_NO: u64 = RDCL_NO | IBRS_ALL | MDS_NO | PBRSB_NO;
+const ALL_NO: u64 = RDCL_NO | IBRS_ALL | MDS_NO | TAA_NO | PBRSB_NO;
 
 #[test]
 fn a_host_that_wants_nothing_pays_nothing() {
@@ -76,9 +79,13 @@ fn each_weakness_gets_its_remedy() {
         (10, ALL_NO & !RDCL_NO, 0, 0, 2),
         // SKIP_L1DFL_VMENTRY.
         (10, ALL_NO & !RDCL_NO | 1 << 3, 0, 0, 0),
-        // FB_CLEAR without FBSDP_NO, RFDS_CLEAR without RFDS_NO, and with them.
+        // With RTM, which this model has.
+        (10, ALL_NO & !TAA_NO, 8, 0, 0),
+        // FB_CLEAR without one of MMIO's three, RFDS_CLEAR without RFDS_NO, and with them.
         (10, ALL_NO | 1 << 17, 8, 0, 0),
-        (10, ALL_NO | 1 << 17 | 1 << 14, 0, 0, 0),
+        (10, ALL_NO | 1 << 17 | MMIO_NO & !(1 << 13), 8, 0, 0),
+        (10, ALL_NO | 1 << 17 | MMIO_NO & !(1 << 14), 8, 0, 0),
+        (10, ALL_NO | 1 << 17 | MMIO_NO, 0, 0, 0),
         (10, ALL_NO | 1 << 28, 8, 0, 0),
         (10, ALL_NO | 1 << 28 | 1 << 27, 0, 0, 0),
         // No VERW that clears.
@@ -104,6 +111,71 @@ fn each_weakness_gets_its_remedy() {
         counts.flushed_l1d,
     );
     assert_eq!(done, (8, 8, 2));
+    client.finish();
+}
+
+/// Cores of two kinds: each guest gets what any of them needs, and hears what is true of both.
+#[test]
+fn the_weakest_processor_counts() {
+    const RRSBA: u64 = 1 << 19;
+    for weak in [0, 1] {
+        let machine = Machine::new(with_feature(10, Some(ALL_NO)), 2);
+        machine.set_msr(weak, ARCH_CAPABILITIES, ALL_NO & !MDS_NO | RRSBA);
+        let client = Client::new(&machine);
+        client.protected_mode();
+        some_exits(&client);
+        assert_eq!(client.machine.counts().cleared_buffers, 8);
+        let told = client.msr(ARCH_CAPABILITIES).expect("the register");
+        assert_eq!(told & (MDS_NO | TAA_NO | RRSBA), TAA_NO | RRSBA);
+        client.finish();
+    }
+}
+
+#[test]
+fn without_transactions_nobody_leaks_by_them() {
+    let mut profile = with_feature(10, Some(ALL_NO & !TAA_NO));
+    profile.cpuid.get_mut(&(7, 0)).unwrap().ebx &= !(1 << 11);
+    let client = on(profile, Mitigations::Needed);
+    some_exits(&client);
+    assert_eq!(client.machine.counts().cleared_buffers, 0);
+    client.finish();
+}
+
+/// A host that restricts its predictions by IBRS, on a processor where only a write after the exit
+/// counts, gets that write, whatever the guest does with the register; the guest does not run with
+/// the host's value. The simulator reports an exit without it.
+#[test]
+fn ibrs_is_written_after_each_exit() {
+    let client = on(
+        with_feature(10, Some(ALL_NO & !IBRS_ALL)),
+        Mitigations::Needed,
+    );
+    client.run([
+        Step::rdmsr(SPEC_CTRL),
+        Step::expect_gpr(RAX, 0),
+        Step::wrmsr(SPEC_CTRL, 0),
+        Step::act(|guest| assert_eq!(guest.msr(SPEC_CTRL), 0)),
+        Step::wrmsr(SPEC_CTRL, 1),
+    ]);
+    client.machine.reset_counts();
+    client.run([
+        Step::rdmsr(SPEC_CTRL),
+        Step::expect_gpr(RAX, 1),
+        Step::wrmsr(SPEC_CTRL, 4),
+    ]);
+    let counts = client.machine.counts();
+    assert_eq!((counts.exits_of(31), counts.exits_of(32)), (0, 0));
+    assert_eq!(client.msr(SPEC_CTRL), Some(4));
+    assert_eq!(client.machine.msr(0, SPEC_CTRL), Some(1));
+    client.finish();
+    // A host that does not, does not pay.
+    let mut profile = with_feature(10, Some(ALL_NO & !IBRS_ALL));
+    profile.msrs.insert(SPEC_CTRL, 0);
+    let client = on(profile, Mitigations::Needed);
+    client.run([Step::cpuid(0, 0)]);
+    client.machine.reset_counts();
+    client.run([Step::cpuid(0, 0)]);
+    assert_eq!(client.machine.counts().wrmsr, 0);
     client.finish();
 }
 

@@ -18,8 +18,6 @@ pub struct Counters {
     pub leaf: CpuidResult,
     /// IA32_A_PMCx exist: a counter can be given any value.
     pub full_width: bool,
-    /// IA32_PEBS_ENABLE exists.
-    pub has_pebs: bool,
 }
 
 impl Counters {
@@ -38,17 +36,15 @@ impl Counters {
         }
         let events = u32::from(events).min(MAX_EVENTS);
         let features = cpu.cpuid(1, 0);
-        let read = |register| {
-            // SAFETY: CPUID shows the register, as said at each use.
+        let capabilities = || {
+            // SAFETY: asked only with PDCM, the register's feature bit.
             #[expect(unsafe_code)]
-            // UNSAFETY: RDMSR of registers that were just shown to exist.
+            // UNSAFETY: RDMSR of a register that was just shown to exist.
             unsafe {
-                cpu.rdmsr(register)
+                cpu.rdmsr(msr::IA32_PERF_CAPABILITIES)
             }
         };
-        // PDCM is the register's feature bit; DS, with IA32_MISC_ENABLE, PEBS's.
         let has_pdcm = features.ecx & (1 << 15) != 0;
-        let has_ds = features.edx & (1 << 21) != 0;
         Self {
             leaf: CpuidResult {
                 eax: 1 | counters << 8 | u32::from(width) << 16 | events << 24,
@@ -56,8 +52,7 @@ impl Counters {
                 ecx: 0,
                 edx: 0,
             },
-            full_width: has_pdcm && read(msr::IA32_PERF_CAPABILITIES) & pmu::FULL_WIDTH_WRITES != 0,
-            has_pebs: has_ds && read(msr::IA32_MISC_ENABLE) & pmu::PEBS_UNAVAILABLE == 0,
+            full_width: has_pdcm && capabilities() & pmu::FULL_WIDTH_WRITES != 0,
         }
     }
 
@@ -100,4 +95,23 @@ impl Counters {
         write(before);
         kept
     }
+}
+
+/// IA32_PEBS_ENABLE exists, and IA32_PERF_GLOBAL_CTRL, which comes with version 2: SDM 20.9
+/// "PEBS Facility".
+pub fn has_pebs(cpu: &impl Cpu) -> bool {
+    if cpu.cpuid(0, 0).eax < 0xa {
+        return false;
+    }
+    let [version, ..] = cpu.cpuid(0xa, 0).eax.to_le_bytes();
+    let features = cpu.cpuid(1, 0);
+    let (has_pdcm, has_ds) = (features.ecx & (1 << 15), features.edx & (1 << 21));
+    if has_pdcm == 0 || has_ds == 0 || version < 2 {
+        return false;
+    }
+    // SAFETY: the register exists where DS does.
+    #[expect(unsafe_code)]
+    // UNSAFETY: RDMSR of a register that was just shown to exist.
+    let enabled = unsafe { cpu.rdmsr(msr::IA32_MISC_ENABLE) };
+    enabled & pmu::PEBS_UNAVAILABLE == 0
 }

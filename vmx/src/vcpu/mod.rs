@@ -173,7 +173,7 @@ impl<H: Host> Inner<H> {
             extended: Extended::new(host)?,
             switched: SwitchedMsrs::new(host),
             msrs: try_box(MsrStore::new(id == 0))?,
-            pmu: try_box(Pmu::default())?,
+            pmu: try_box(Pmu::new(caps.has_pebs))?,
             debug: DebugRegisters::default(),
             split_locks: SplitLocks::default(),
             host_state: HostState::default(),

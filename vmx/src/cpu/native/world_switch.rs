@@ -160,7 +160,6 @@ pub(super) unsafe extern "sysv64" fn world_switch(regs: *mut GuestRegs) -> u64 {
             "add rsp, 2 * 8",
             "dec ecx",
             "jnz 13b",
-            "lfence",
             "mov rdx, [rsp + 4 * 8]",
             "test byte ptr [rdx + {how}], {spec}",
             "jz 18f",
@@ -172,6 +171,9 @@ pub(super) unsafe extern "sysv64" fn world_switch(regs: *mut GuestRegs) -> u64 {
             "mov edx, 0",
             "wrmsr",
             "18:",
+            // Neither of the branches above is foretold wrongly and a return executed
+            // behind it.
+            "lfence",
             "pop rdx",
             "pop rcx",
             "pop rax",

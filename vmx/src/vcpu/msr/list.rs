@@ -105,10 +105,12 @@ pub fn write<H: Host>(
             }
             let registers = &mut inner.registers.general;
             registers.spec_ctrl = value;
-            // Nobody pays for the switch before the first bit is set; then the
-            // guest has the register to itself.
-            if value != 0 && registers.how & how::SPEC_CTRL == 0 {
-                registers.how |= how::SPEC_CTRL | how::CHANGED;
+            // Nobody pays for the switch before the first bit is set, unless the
+            // host's own needs it; then the guest has the register to itself.
+            if value != 0 {
+                if registers.how & how::SPEC_CTRL == 0 {
+                    registers.how |= how::SPEC_CTRL | how::CHANGED;
+                }
                 loan::pass_through(&vcpu.msr_bitmap, register, false);
                 loan::pass_through(&vcpu.msr_bitmap, register, true);
             }

@@ -24,8 +24,12 @@ use crate::vcpu::msr::GpFault;
 use crate::vcpu::vmcs::Current;
 use crate::vcpu::{Inner, Vcpu};
 
+/// The bits of counters in [`Pmu::busy`] and [`Pmu::loaded`].
+const COUNTERS: u8 = 0xf;
 /// Set in [`Pmu::busy`]: VM entry and exit load IA32_PERF_GLOBAL_CTRL.
 const SWITCHING: u8 = 1 << 7;
+/// Set in [`Pmu::busy`]: the processor has PEBS. In [`Pmu::loaded`]: the host's is off.
+const PEBS: u8 = 1 << 6;
 
 /// What only the guest's own selector may do. An overflow raises no interrupt, as
 /// none reaches the guest; no pin moves.
@@ -38,9 +42,9 @@ pub struct Pmu {
     selectors: [u64; MAX_COUNTERS],
     /// IA32_PMCx, without what the processor has counted in this loan.
     counts: [u64; MAX_COUNTERS],
-    /// A bit for each selector that enables its counter, and [`SWITCHING`].
+    /// A bit for each selector that enables its counter; [`SWITCHING`], [`PEBS`].
     busy: u8,
-    /// The counters that the processor runs for this guest, a bit each.
+    /// The counters that the processor runs for this guest, a bit each; or [`PEBS`].
     loaded: u8,
     /// What the VMCS loads on entry.
     global: u8,
@@ -51,6 +55,7 @@ pub struct Pmu {
 #[derive(Default)]
 struct HostCounters {
     global: u64,
+    pebs: u64,
     selectors: [u64; MAX_COUNTERS],
     counts: [u64; MAX_COUNTERS],
 }
@@ -109,6 +114,28 @@ fn numbers(bits: u8) -> impl Iterator<Item = u8> {
 }
 
 impl Pmu {
+    /// All 0.
+    pub fn new(has_pebs: bool) -> Self {
+        Self {
+            busy: if has_pebs { PEBS } else { 0 },
+            ..Self::default()
+        }
+    }
+
+    /// Stops the host's PEBS. The processor would write the records of counters that
+    /// overflow in the guest, and of those that have just done so, by the guest's page
+    /// tables: to addresses that mean something else there. Its counters stand still.
+    fn stop_pebs(&mut self, cpu: &impl Cpu) {
+        let pebs = read(cpu, msr::IA32_PEBS_ENABLE);
+        if pebs != 0 {
+            self.host.pebs = pebs;
+            self.host.global = read(cpu, msr::IA32_PERF_GLOBAL_CTRL);
+            write(cpu, msr::IA32_PERF_GLOBAL_CTRL, self.host.global & !pebs);
+            write(cpu, msr::IA32_PEBS_ENABLE, 0);
+            self.loaded = PEBS;
+        }
+    }
+
     /// IA32_PERFEVTSELx.
     pub fn selector(&self, number: u8) -> u64 {
         let selector = self.selectors.get(usize::from(number));
@@ -138,7 +165,7 @@ impl Pmu {
         if let Some(slot) = self.selectors.get_mut(usize::from(number)) {
             *slot = value;
         }
-        self.busy &= SWITCHING;
+        self.busy &= SWITCHING | PEBS;
         for (bit, selector) in (0u32..).zip(self.selectors) {
             if selector & EventSelect::ENABLE.bits() != 0 {
                 self.busy |= 1u8.wrapping_shl(bit);
@@ -156,13 +183,13 @@ impl Pmu {
 
     /// Takes the enabled counters from the host, unless it needs them now.
     fn take(&mut self, cpu: &impl Cpu, has: &Counters) {
-        let wanted = self.busy & !SWITCHING;
+        let wanted = self.busy & COUNTERS;
         let global = read(cpu, msr::IA32_PERF_GLOBAL_CTRL);
         if global != 0 {
             write(cpu, msr::IA32_PERF_GLOBAL_CTRL, 0);
         }
         self.host.global = global;
-        if self.host_needs_them(cpu, has) || !self.host.save(cpu, has, wanted) {
+        if host_needs_them(cpu) || !self.host.save(cpu, has, wanted) {
             // Unless a handler of the host's has started them by now.
             if global != 0 && read(cpu, msr::IA32_PERF_GLOBAL_CTRL) == 0 {
                 write(cpu, msr::IA32_PERF_GLOBAL_CTRL, global);
@@ -177,16 +204,6 @@ impl Pmu {
         self.loaded = wanted;
     }
 
-    /// An overflow of the host's has been noted and its interrupt may be under way,
-    /// or came just now and its handler started the counters again; or overflows
-    /// are written to memory (PEBS), which a guest's must not be, to addresses that
-    /// mean something else in the guest. Asked with the counters stopped.
-    fn host_needs_them(&self, cpu: &impl Cpu, has: &Counters) -> bool {
-        read(cpu, msr::IA32_PERF_GLOBAL_STATUS) & !STATUS_NO_INTERRUPT != 0
-            || read(cpu, msr::IA32_PERF_GLOBAL_CTRL) != 0
-            || (has.has_pebs && read(cpu, msr::IA32_PEBS_ENABLE) != 0)
-    }
-
     /// Keeps what the guest has counted, and gives the counters back to the host.
     fn give_back(&mut self, cpu: &impl Cpu, has: &Counters) {
         for number in numbers(self.loaded) {
@@ -194,11 +211,21 @@ impl Pmu {
             self.set_count(number, count);
             self.host.restore(cpu, has, number);
         }
+        if self.loaded & PEBS != 0 {
+            write(cpu, msr::IA32_PEBS_ENABLE, self.host.pebs);
+        }
         self.loaded = 0;
         if self.host.global != 0 {
             write(cpu, msr::IA32_PERF_GLOBAL_CTRL, self.host.global);
         }
     }
+}
+
+/// An overflow of the host's has been noted and its interrupt may be under way, or came just
+/// now and its handler started the counters again. Asked with the counters stopped.
+fn host_needs_them(cpu: &impl Cpu) -> bool {
+    read(cpu, msr::IA32_PERF_GLOBAL_STATUS) & !STATUS_NO_INTERRUPT != 0
+        || read(cpu, msr::IA32_PERF_GLOBAL_CTRL) != 0
 }
 
 impl HostCounters {
@@ -247,11 +274,15 @@ impl<H: Host> Vcpu<H> {
     #[inline(never)]
     fn load_busy_counters(&self, inner: &mut Inner<H>, current: &Current<'_, H>) {
         let caps = self.guest().caps();
-        if inner.pmu.busy & !SWITCHING != 0 {
-            inner.pmu.take(current.cpu(), &caps.counters);
-        }
         let pmu = &mut inner.pmu;
-        let on = pmu.loaded != 0;
+        if pmu.busy & PEBS != 0 && pmu.loaded == 0 {
+            pmu.stop_pebs(current.cpu());
+        }
+        // Not both: the host's counters are about to go on.
+        if pmu.busy & COUNTERS != 0 && pmu.loaded == 0 {
+            pmu.take(current.cpu(), &caps.counters);
+        }
+        let on = pmu.loaded & COUNTERS != 0;
         if on != (pmu.busy & SWITCHING != 0) {
             pmu.busy ^= SWITCHING;
             inner.modes.set_counting(current, on);
@@ -287,9 +318,11 @@ impl<H: Host> Vcpu<H> {
         current: &Current<'_, H>,
         change: impl FnOnce(&mut Pmu),
     ) {
-        self.unload_counters(inner, current);
+        if inner.pmu.loaded & COUNTERS != 0 {
+            self.unload_loaded_counters(inner, current);
+        }
         change(&mut inner.pmu);
-        if inner.registers.general.on_loan != 0 {
+        if inner.registers.general.on_loan != 0 && inner.pmu.busy & !PEBS != 0 {
             self.load_counters(inner, current);
         }
     }
