@@ -50,6 +50,17 @@ pub fn wait_until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Outcom
     Ok(())
 }
 
+/// The same for what comes very soon from another processor, without a system call: a thread that gives up its own gets
+/// it back when others have had their turn.
+pub fn spin_until(what: &str, is_so: impl Fn() -> bool) -> Outcome {
+    let start = Instant::now();
+    while !is_so() {
+        ensure!(start.elapsed() < PATIENCE, "in {PATIENCE:?}: {what}");
+        std::hint::spin_loop();
+    }
+    Ok(())
+}
+
 /// The result of a thread.
 pub fn join<T>(handle: thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
     handle.join().map_err(|_| anyhow!("a thread panicked"))?

@@ -9,7 +9,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 
 use super::{Case, Outcome};
 use crate::exit::{Exit, halt};
@@ -18,7 +18,7 @@ use crate::machine::Machine;
 use crate::modes::Mode;
 use crate::process::Clock;
 use crate::threads::{
-    PATIENCE, SOON, counts, go_apart, join, most_come_soon, side_by_side, spinning, stay_apart,
+    SOON, counts, go_apart, join, most_come_soon, side_by_side, spin_until, spinning, stay_apart,
 };
 
 pub const CASES: &[Case] = &[
@@ -46,15 +46,6 @@ fn is_pending() -> bool {
     unsafe { libc::sigpending(&raw mut pending) };
     // SAFETY: as above.
     unsafe { libc::sigismember(&raw const pending, libc::SIGUSR1) == 1 }
-}
-
-fn spin_until(what: &str, is_so: impl Fn() -> bool) -> Outcome {
-    let start = Instant::now();
-    while !is_so() {
-        ensure!(start.elapsed() < PATIENCE, "in {PATIENCE:?}: {what}");
-        std::hint::spin_loop();
-    }
-    Ok(())
 }
 
 /// A vCPU's thread that blocks SIGUSR1, as another one sees it.
