@@ -17,7 +17,7 @@ const HELP: &str = "usage: cargo xtask conformance [OPTIONS] [FILTER]
 Loads haxm.ko on the emulated PC and runs the cases whose name contains FILTER through /dev/HAX.
   --cpus N            processors (1)
   --kernel 6.1|6.12|7   Debian's kernel (6.1); 6.1-rt and 7-rt: with PREEMPT_RT
-  --kernel debug      one built here that watches itself: locks, lists, objects, memory
+  --kernel debug|kasan  ones built here that watch themselves: locks, lists, objects, memory
   --huge-page         a larger PC that has a page of 1 GB to give
   --pin               with the module's parameter pin=1
   --counters          on a PC whose processors have performance counters

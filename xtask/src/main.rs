@@ -55,7 +55,7 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "module",
-        about: "[--kernel 6.1|6.12|7|6.1-rt|7-rt|debug|DIR]  build haxm.ko",
+        about: "[--kernel 6.1|6.12|7|6.1-rt|7-rt|debug|kasan|DIR]  build haxm.ko",
         run: module::run,
     },
     Command {

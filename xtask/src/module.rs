@@ -20,7 +20,7 @@ use testbed::folder::workspace_root;
 use testbed::{Flavour, Kernel, WorkFolder, command, packages};
 
 const HELP: &str =
-    "usage: cargo xtask module [--kernel 6.1|6.12|7|6.1-rt|7-rt|debug|DIR]... [--object]
+    "usage: cargo xtask module [--kernel 6.1|6.12|7|6.1-rt|7-rt|debug|kasan|DIR]... [--object]
 Builds target/module/KERNEL/haxm.ko. KERNEL is a series of the test machine (default 6.1), or the
 folder of a kernel's headers, such as /lib/modules/$(uname -r)/build; its module then goes to
 target/module/RELEASE.
@@ -80,10 +80,17 @@ pub(crate) fn run(args: &[String]) -> Result<ExitCode> {
 /// Something is missing, does not build, or does not pass the checks.
 pub(crate) fn build(kernel: &str) -> Result<PathBuf> {
     let headers = Headers::find(kernel)?;
-    let object = build_object()?;
     let work = WorkFolder::at(&folder())?;
+    let sources = workspace_root();
+    let object = if kernel == Flavour::Kasan.series() {
+        packages::ensure_packages(NEEDED)?;
+        let _lock = work.lock("object-kasan")?;
+        compile_object(&sources, &work, "-kasan", "none", sysroot::KASAN)?
+    } else {
+        build_object()?
+    };
     let _lock = work.lock(&headers.name)?;
-    build_for(&workspace_root(), &headers, &object)
+    build_for(&sources, &headers, &object)
 }
 
 /// [`build`], the same code with line tables, in a folder of its own, for `cargo xtask profile`.
@@ -97,7 +104,7 @@ pub(crate) fn build_with_lines(kernel: &str) -> Result<PathBuf> {
     let work = WorkFolder::at(&folder())?;
     let _lock = work.lock(&headers.name)?;
     let sources = workspace_root();
-    let object = compile_object(&sources, &work, "-lines", "line-tables-only")?;
+    let object = compile_object(&sources, &work, "-lines", "line-tables-only", &[])?;
     build_for(&sources, &headers, &object)
 }
 
@@ -111,7 +118,7 @@ pub(crate) fn build_broken(sources: &Path, kernel: &str) -> Result<PathBuf> {
     packages::ensure_packages(NEEDED)?;
     let work = WorkFolder::at(&folder())?;
     let _lock = work.lock(&headers.name)?;
-    let object = compile_object(sources, &work, "-broken", "none")?;
+    let object = compile_object(sources, &work, "-broken", "none", &[])?;
     build_for(sources, &headers, &object)
 }
 
@@ -128,7 +135,7 @@ pub(crate) fn build_object() -> Result<PathBuf> {
     packages::ensure_packages(NEEDED)?;
     let work = WorkFolder::at(&folder())?;
     let _lock = work.lock("object")?;
-    let object = compile_object(&workspace_root(), &work, "", "none")?;
+    let object = compile_object(&workspace_root(), &work, "", "none", &[])?;
     let report = object::check(&object)?;
     ensure!(
         report.findings.is_empty(),
@@ -141,12 +148,18 @@ pub(crate) fn build_object() -> Result<PathBuf> {
 }
 
 /// Compiles the Rust half of this workspace into one object, unchecked; returns its path. `suffix` tells apart what was
-/// compiled with different debugging information, `debug` as Cargo names it.
+/// compiled with different debugging information, `debug` as Cargo names it, or with `more` of the compiler's flags.
 ///
 /// # Errors
 /// It does not compile.
-fn compile_object(sources: &Path, work: &WorkFolder, suffix: &str, debug: &str) -> Result<PathBuf> {
-    let compiler = sysroot::Compiler::find()?;
+fn compile_object(
+    sources: &Path,
+    work: &WorkFolder,
+    suffix: &str,
+    debug: &str,
+    more: &[&str],
+) -> Result<PathBuf> {
+    let compiler = sysroot::Compiler::find()?.with_flags(more);
     let sysroot = compiler.sysroot(work)?;
     let target_dir = work.path(&format!("cargo{suffix}"));
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

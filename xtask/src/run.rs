@@ -19,7 +19,7 @@ The guest's console comes as it boots; the exit code is 0 only if the guest pass
   --smp N      virtual processors of the guest, 1 to 16, tiny: to 4 (default 1)
   --machine M  pc (SeaBIOS) or microvm (qboot; the default, where the guest runs on it)
   --cpus N     processors of the emulated PC (default 1)
-  --kernel K   the emulated PC's kernel, 6.1 (the default), 6.12, 7 or debug
+  --kernel K   the emulated PC's kernel, 6.1 (the default), 6.12, 7, debug or kasan
   --clock N    Linux measures its clock by itself, and it must be good for N seconds
   --kvm        under KVM instead of haxm.ko
   --vectors R  instead, AVX or AVX-512: two tiny guests and a process of the emulated PC all use them

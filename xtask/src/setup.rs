@@ -10,7 +10,7 @@ use testbed::{Flavour, Kernel, WorkFolder, bochs::Bochs, guest::Pieces, packages
 
 use crate::{conformance, module};
 
-const HELP: &str = "usage: cargo xtask setup [--kernel 6.1|6.12|7|6.1-rt|7-rt|debug]...
+const HELP: &str = "usage: cargo xtask setup [--kernel 6.1|6.12|7|6.1-rt|7-rt|debug|kasan]...
 Installs the Debian packages the emulated PC needs (the only step that asks for root), builds its
 emulator and fetches its kernel. What is there already is left alone.";
 

@@ -13,7 +13,7 @@ Boots the emulated VT-x PC and runs a shell script in it; its exit code becomes 
   --cpu MODEL             processor (default corei7_haswell_4770)
   --cpus N                processors (1)
   --memory MB             memory (256)
-  --kernel 6.1|6.12|7       Debian's kernel (6.1); 6.1-rt, 7-rt: with PREEMPT_RT; debug: one that watches itself
+  --kernel 6.1|6.12|7       Debian's kernel (6.1); 6.1-rt, 7-rt: with PREEMPT_RT; debug, kasan: ones that watch themselves
   --file GUEST=HOST       put a file into the initramfs; may be repeated
   --module NAME[:PARAMS]  insert one of the kernel's modules first; may be repeated
   --append ARGUMENTS      add to the kernel command line

@@ -36,6 +36,8 @@ pub enum Flavour {
     Rt7,
     /// Linux 6.1, built here with the kernel's checks of locks (lockdep), sleep, lists, objects and memory.
     Debug,
+    /// The same with each access to memory checked (KASAN) and undefined behaviour of C (UBSAN).
+    Kasan,
 }
 
 impl Flavour {
@@ -47,6 +49,7 @@ impl Flavour {
         Flavour::Rt6_1,
         Flavour::Rt7,
         Flavour::Debug,
+        Flavour::Kasan,
     ];
 
     /// The series, as people and package names write it.
@@ -59,6 +62,7 @@ impl Flavour {
             Flavour::Rt6_1 => "6.1-rt",
             Flavour::Rt7 => "7-rt",
             Flavour::Debug => "debug",
+            Flavour::Kasan => "kasan",
         }
     }
 
@@ -86,7 +90,7 @@ impl Flavour {
     /// Whether it watches itself, which takes memory and some times the instructions.
     #[must_use]
     pub fn is_watching(self) -> bool {
-        self == Flavour::Debug
+        matches!(self, Flavour::Debug | Flavour::Kasan)
     }
 
     /// What its command line ends with on a PC of so many processors.
@@ -109,7 +113,7 @@ impl Flavour {
     pub fn from_series(series: &str) -> Result<Self> {
         let found = Self::ALL.iter().find(|f| f.series() == series);
         found.copied().with_context(|| {
-            format!("no kernel series '{series}' (6.1, 6.12, 7, 6.1-rt, 7-rt, debug)")
+            format!("no kernel series '{series}' (6.1, 6.12, 7, 6.1-rt, 7-rt, debug, kasan)")
         })
     }
 }
@@ -147,7 +151,7 @@ impl Kernel {
     /// None is found, or it cannot be fetched, unpacked or built.
     pub fn ensure(work: &WorkFolder, flavour: Flavour) -> Result<Self> {
         if flavour.is_watching() {
-            let (dir, release) = watching::ensure(work)?;
+            let (dir, release) = watching::ensure(work, flavour)?;
             return Self::open(&dir, &release);
         }
         let memo = format!("kernel-{}.release", flavour.series());

@@ -45,12 +45,14 @@ pub(crate) struct Kernel<'a> {
     pub(crate) config: &'a str,
     /// The folders that are compiled or hold headers and tools for it.
     pub(crate) folders: &'a [&'a str],
+    /// Arguments of make besides [`IDENTITY`].
+    pub(crate) arguments: &'a [&'a str],
 }
 
 impl Kernel<'_> {
     /// The same for kernels that are built alike.
     pub(crate) fn key(&self) -> String {
-        let mut recipe = [self.folders, IDENTITY].concat();
+        let mut recipe = [self.folders, IDENTITY, self.arguments].concat();
         recipe.extend([self.config, PACKAGE, "1"]);
         key(&recipe)
     }
@@ -79,7 +81,7 @@ impl Kernel<'_> {
         progress(&format!("building {}", self.progress));
         let make = |targets: &[&str], step: &str| {
             let mut make = make(&source);
-            make.args(targets).args(options);
+            make.args(self.arguments).args(targets).args(options);
             if let Some(objects) = objects {
                 make.arg(format!("O={}", objects.display()));
             }

@@ -25,6 +25,18 @@ const SOURCE_ENVIRONMENT: &str = "RUST_LIB_SRC";
 const NO_BUILTINS: &str =
     "#![feature(compiler_builtins)]\n#![compiler_builtins]\n#![no_builtins]\n#![no_std]\n";
 
+/// Flags for a kernel with KASAN: each access asks it, by a call, and goes on after a report. What lies beside variables
+/// of the stack and statics is not watched.
+pub(crate) const KASAN: &[&str] = &[
+    "-Zsanitizer=kernel-address",
+    "-Zsanitizer-recover=kernel-address",
+    "-Cllvm-args=-asan-mapping-offset=0xdffffc0000000000",
+    "-Cllvm-args=-asan-instrumentation-with-call-threshold=0",
+    "-Cllvm-args=-asan-globals=0",
+    "-Cllvm-args=-asan-constructor-kind=none",
+    "-Cllvm-args=-asan-stack=0",
+];
+
 /// A compiler that has its library source.
 pub(crate) struct Compiler {
     /// The program.
@@ -88,6 +100,12 @@ impl Compiler {
             version: ask(&["-vV"])?,
             flags: flags(&ask(&["-Chelp"])?, &ask(&["-Zhelp"])?),
         })
+    }
+
+    /// The same with more flags.
+    pub(crate) fn with_flags(mut self, more: &[&str]) -> Self {
+        self.flags.extend(more.iter().map(|f| (*f).to_owned()));
+        self
     }
 
     /// Its name and version: the first line of `rustc -vV`.

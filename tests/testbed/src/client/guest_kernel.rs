@@ -17,6 +17,7 @@ const KERNEL: Kernel<'_> = Kernel {
     progress: "the guest's kernel (about 2 minutes on 2 cores)",
     config: include_str!("../../guest/linux/kernel.config"),
     folders: FOLDERS,
+    arguments: &[],
 };
 
 const FOLDERS: &[&str] = &[

@@ -1,20 +1,36 @@
-//! A kernel that watches itself: Debian's linux-source-6.1, unmodified, with the kernel's own checks of locks, lists,
-//! objects and memory switched on (`debug/kernel.config`). Laid out as the fetched ones are.
+//! Kernels that watch themselves: Debian's linux-source-6.1, unmodified, with the kernel's own checks of locks, lists,
+//! objects and memory switched on (`debug/*.config`). Laid out as the fetched ones are.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::BUILD_PACKAGES;
+use super::{BUILD_PACKAGES, Flavour};
 use crate::folder::WorkFolder;
 use crate::linux_source::{self, Kernel};
 
-const KERNEL: Kernel<'_> = Kernel {
+const DEBUG: Kernel<'_> = Kernel {
     name: "debug-kernel",
     progress: "a kernel that watches itself (5 to 10 minutes on 2 cores)",
-    config: include_str!("../../debug/kernel.config"),
+    config: concat!(
+        include_str!("../../debug/kernel.config"),
+        include_str!("../../debug/pages.config")
+    ),
     folders: FOLDERS,
+    arguments: &[],
+};
+
+const KASAN: Kernel<'_> = Kernel {
+    name: "kasan-kernel",
+    progress: "a kernel that checks each access (10 minutes on 2 cores)",
+    config: concat!(
+        include_str!("../../debug/kernel.config"),
+        include_str!("../../debug/kasan.config")
+    ),
+    folders: FOLDERS,
+    // They run before there is a shadow to ask: the PVH entry, and the memcmp it calls.
+    arguments: &["KASAN_SANITIZE_enlighten.o=n", "KASAN_SANITIZE_string.o=n"],
 };
 
 const FOLDERS: &[&str] = &[
@@ -61,28 +77,34 @@ const FOLDERS: &[&str] = &[
 /// What is not needed once the kernel is built. Building a module needs headers, makefiles and scripts.
 const BUILT_FROM: &[&str] = &["a", "c", "cmd", "ko", "mod", "o", "S"];
 
-/// Builds it, once: `kernel-debug-<key>` of the work folder, and its release.
+/// Builds it, once: `kernel-<series>-<key>` of the work folder, and its release.
 ///
 /// # Errors
 /// A package is missing and cannot be installed, the archive does not answer, or the build fails; the
 /// text names the log.
-pub(super) fn ensure(work: &WorkFolder) -> Result<(PathBuf, String)> {
-    let name = format!("debug-{}", KERNEL.key());
+pub(super) fn ensure(work: &WorkFolder, flavour: Flavour) -> Result<(PathBuf, String)> {
+    let kernel = if flavour == Flavour::Kasan {
+        KASAN
+    } else {
+        DEBUG
+    };
+    let name = format!("{}-{}", flavour.series(), kernel.key());
     let dir = work.once(&format!("kernel-{name}"), |dir| {
         // Modules of one build do not load in another.
         let version = format!("LOCALVERSION=-{name}");
-        build(work, dir, &version).context("the kernel that watches itself could not be built")
+        build(work, &kernel, dir, &version)
+            .context("the kernel that watches itself could not be built")
     })?;
     let release = fs::read_to_string(dir.join("release"))
         .with_context(|| format!("{} is damaged: remove it", dir.display()))?;
     Ok((dir, release))
 }
 
-fn build(work: &WorkFolder, dir: &Path, version: &str) -> Result<()> {
+fn build(work: &WorkFolder, kernel: &Kernel<'_>, dir: &Path, version: &str) -> Result<()> {
     let scratch = dir.join("build");
     // In the source's own folder: then nothing in it depends on where it is.
     let options = [version.to_owned()];
-    let source = KERNEL.build(work, &scratch, None, &options, &["vmlinux", "modules"])?;
+    let source = kernel.build(work, &scratch, None, &options, &["vmlinux", "modules"])?;
 
     let release = fs::read_to_string(source.join("include/config/kernel.release"))?;
     let release = release.trim();
