@@ -270,18 +270,18 @@ fn request(r: &mut Random, client: &Client, wild: bool) {
             image.fcw = u16::try_from(r.value() & 0xffff).unwrap();
             client.vcpu.set_fpu(&image);
         }
-        // An overflow of the host's, or PEBS, begins or ends.
-        15 => {
-            let (cpu, register) = (
-                usize::try_from(r.below(3)).unwrap(),
-                r.pick(&[0x38e, 0x3f1]),
-            );
-            if let Some(old) = client.machine.msr(cpu, register) {
-                client.machine.set_msr(cpu, register, old ^ 1);
-            }
-        }
+        // An overflow of the host's begins or ends.
+        15 => toggle_host_msr(r, client, 0x38e),
         14 if wild => wild_registers(r, client),
         _ => client.set_io_buffer(0, &[0xa5; 64]),
+    }
+}
+
+/// What the host's perf does on a processor: another thread may do so at any time with what only it reads.
+fn toggle_host_msr(r: &mut Random, client: &Client, register: u32) {
+    let cpu = usize::try_from(r.below(3)).unwrap();
+    if let Some(old) = client.machine.msr(cpu, register) {
+        client.machine.set_msr(cpu, register, old ^ 1);
     }
 }
 
@@ -343,6 +343,10 @@ fn life(seed: u64, profile: Profile, wild: bool, seen: &mut Seen) {
         }
         for _ in 0..r.below(4) {
             request(&mut r, &client, wild);
+        }
+        // Its PEBS begins or ends: by the processor itself, so not while that is ours.
+        if r.one_in(16) {
+            toggle_host_msr(&mut r, &client, 0x3f1);
         }
     }
     if !wild {
